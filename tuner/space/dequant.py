@@ -1,0 +1,1 @@
+"""The space of ``wph_dequant``: compressed pages to bf16 rows."""
