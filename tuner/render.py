@@ -1,0 +1,220 @@
+"""Configuration to CUDA source: deterministic, so that the text's hash identifies the kernel."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+import jinja2
+
+from tuner import abi, formats
+from tuner.errors import TunerError
+from tuner.space import Config, Space, get_space
+from tuner.space import decode as decode_space
+
+_LINE_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Source:
+    """A rendered kernel. ``digest`` is the SHA-256 of ``text`` in hex."""
+
+    config: Config
+    text: str
+    digest: str
+
+
+class _Choice(str):
+    """An axis value inside a template; comparing it with something that the axis never takes is an error.
+
+    Without this a typo in ``c.load == "blk"`` would quietly render the other branch.
+    """
+
+    axis: str
+    known: tuple[Any, ...]
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, str) and str.__str__(other) not in self.known:
+            raise TunerError(f"axis {self.axis} never is {other!r}: expected one of {', '.join(map(str, self.known))}")
+        return str.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+def template_folder() -> Path:
+    """Where the templates are: ``templates/`` of a checkout, else the copy that the wheel carries."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parent / "templates"
+    # A folder of that name beside an installed package is not ours: a checkout has its pyproject.toml there.
+    return checkout if (package.parent / "pyproject.toml").is_file() and checkout.is_dir() else package / "templates"
+
+
+def templates_digest(template_dir: Path | None = None) -> str:
+    """SHA-256 over names and contents of all templates, in hex: the version of the generator."""
+    folder = template_dir or template_folder()
+    state = hashlib.sha256()
+    for path in sorted(folder.rglob("*.j2")):
+        content = path.read_bytes()
+        state.update(f"{path.relative_to(folder).as_posix()}\0{len(content)}\0".encode())
+        state.update(content)
+    return state.hexdigest()
+
+
+def log2(n: int) -> int:
+    """The exponent of ``n``; raises TunerError unless ``n`` is a power of two."""
+    if n < 1 or n & (n - 1):
+        raise TunerError(f"log2({n}): expected a power of two")
+    return n.bit_length() - 1
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def round_up(n: int, multiple: int) -> int:
+    return ceil_div(n, multiple) * multiple
+
+
+def hex_literal(n: int, digits: int = 0) -> str:
+    """``0x0fu``: an unsigned literal, padded with zeros to ``digits``."""
+    return f"0x{n:0{digits}x}u"
+
+
+def float_literal(x: float) -> str:
+    """The shortest float literal that reads back as ``x``: ``0.125f``."""
+    text = repr(float(x))
+    if "n" in text:
+        raise TunerError(f"{text} has no literal in C++")
+    return f"{text}f"
+
+
+def _fail(message: str) -> None:
+    raise TunerError(message)
+
+
+HELPERS: dict[str, Any] = {
+    "log2": log2,
+    "ceil_div": ceil_div,
+    "round_up": round_up,
+    "hex": hex_literal,
+    "float": float_literal,
+    "next_power_of_two": formats.next_power_of_two,
+    "min": min,
+    "max": max,
+    "fail": _fail,
+}
+"""Functions that templates may call; those of one argument are filters too (``{{ n | log2 }}``)."""
+
+
+@lru_cache(maxsize=8)
+def _environment(folder: Path) -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.globals.update(HELPERS)
+    environment.filters.update({n: HELPERS[n] for n in ("log2", "ceil_div", "round_up", "hex", "float")})
+    return environment
+
+
+def format_source(text: str) -> str:
+    """``text`` without trailing spaces and runs of blank lines, ending in one newline."""
+    lines = "\n".join(line.rstrip() for line in text.splitlines())
+    return re.sub(r"\n{3,}", "\n\n", lines).strip("\n") + "\n"
+
+
+def header(config: Config) -> str:
+    """The comment at the top of a source: what it computes, and every axis value."""
+    p = config.problem
+    lines = [f"// wph_{p.op}: head_dim {p.head_dim}, {p.gqa} query heads per KV head, {p.cache_format}"]
+    line = "//"
+    for name, value in config.params:
+        word = f" {name}={value}"
+        if len(line) + len(word) > _LINE_WIDTH:
+            lines.append(line)
+            line = "//"
+        line += word
+    return "\n".join([*lines, line]) + "\n\n"
+
+
+def _choices(config: Config, space: Space) -> SimpleNamespace:
+    values: dict[str, Any] = {}
+    for name, value in config.params:
+        if isinstance(value, str):
+            choice = _Choice(value)
+            choice.axis, choice.known = name, space.axis(name).values
+            values[name] = choice
+        else:
+            values[name] = value
+    return SimpleNamespace(**values)
+
+
+def _context(config: Config) -> Mapping[str, Any]:
+    """What a template sees: ``c`` axis values, ``p`` problem, ``layout``, ``params_struct``, and derived counts."""
+    p = config.problem
+    context = {
+        "config": config,
+        "c": _choices(config, get_space(p.op)),
+        "p": p,
+        "layout": p.layout,
+        "params_struct": abi.c_struct(p.op),
+    }
+    if p.op == "decode":
+        context |= {
+            "token_warps": decode_space.token_warps(config),
+            "step_tokens": decode_space.step_tokens(config),
+            "head_tiles": decode_space.head_tiles(config),
+        }
+    return context
+
+
+def _template_line(traceback: TracebackType | None, folder: Path) -> str | None:
+    """``name:line`` of the innermost template frame: Jinja rewrites tracebacks to point into templates."""
+    place = None
+    while traceback:
+        file = Path(traceback.tb_frame.f_code.co_filename)
+        if file.suffix == ".j2" and file.is_relative_to(folder):
+            place = f"{file.relative_to(folder).as_posix()}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return place
+
+
+def render(config: Config, template_dir: Path | None = None) -> Source:
+    """The CUDA source of ``config``, from ``wph_<op>.cu.j2`` (in ``template_dir`` where given).
+
+    Raises UsageError for a bad axis value, TunerError naming template and line for a mistake in a template.
+    """
+    config = get_space(config.problem.op).validate(config)
+    folder = (template_dir or template_folder()).resolve()
+    name = f"wph_{config.problem.op}.cu.j2"
+    try:
+        body = _environment(folder).get_template(name).render(_context(config))
+    except jinja2.TemplateNotFound as e:
+        raise TunerError(f"no template {e.name} in {folder}: expected it there") from None
+    except jinja2.TemplateSyntaxError as e:
+        raise TunerError(f"template {e.name}:{e.lineno}: {e.message}") from None
+    except (jinja2.TemplateError, TunerError, ArithmeticError, LookupError, TypeError, ValueError) as e:
+        place = _template_line(e.__traceback__, folder) or name
+        raise TunerError(f"template {place}: {e}") from e
+    text = format_source(header(config) + body)
+    return Source(config, text, hashlib.sha256(text.encode()).hexdigest())
+
+
+def entry_points(config: Config) -> tuple[str, ...]:
+    """Names of the ``extern "C"`` kernels of a source, the main one first."""
+    if config.problem.op == "decode" and config["reduction"] == "kernel":
+        return ("wph_decode", "wph_decode_reduce")
+    return (f"wph_{config.problem.op}",)
