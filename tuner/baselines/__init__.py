@@ -1,0 +1,128 @@
+"""What our kernels are compared with: Triton kernels as they ship and tuned, vLLM's own, and bf16 attention.
+
+    for name in available("cuda", problem):
+        run = prepare(name, DecodeInputs.of(case))
+        out = run()              # CUDA-graph safe: buffers were allocated by prepare()
+
+Importing this package imports neither torch nor triton; the kernels' modules do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from tuner.baselines.inputs import (
+    SHIPPED,
+    TUNABLE,
+    Constants,
+    DecodeInputs,
+    DequantConstants,
+    TritonConstants,
+)
+from tuner.errors import UsageError
+from tuner.space.core import Problem
+
+Run = Callable[[], Any]
+"""Enqueues the work on torch's current stream. Decode: returns out [B, Hq, D]. Dequant: returns (K, V)."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """One competitor. ``kind``: "triton" (ours, constants open), "vllm" (its own code) or "peer" (uncompressed
+    cache). ``op``: "decode" or "dequant". ``origin`` says whose code runs and how faithful it is."""
+
+    name: str
+    op: str
+    kind: str
+    origin: str
+    module: str
+    """Module of this package that has ``unavailable(name, device, problem)`` and ``prepare(name, inputs, constants)``."""
+
+
+@dataclass(frozen=True)
+class Availability:
+    """``reason`` is None where the baseline can run, else one line that says why not and what to do."""
+
+    name: str
+    reason: str | None
+
+
+BASELINES: dict[str, Baseline] = {
+    b.name: b
+    for b in (
+        Baseline("triton", "decode", "triton", "our Triton kernel with vLLM's structure and constants", "triton_decode"),
+        Baseline("vllm_triton", "decode", "vllm", "vLLM's unmodified Triton kernel", "vllm_triton"),
+        Baseline("sdpa_bf16", "decode", "peer", "torch SDPA on a contiguous bf16 cache", "attention"),
+        Baseline("fa3_bf16", "decode", "peer", "vLLM's FlashAttention-3, paged bf16 cache", "attention"),
+        Baseline("fa3_fp8", "decode", "peer", "vLLM's FlashAttention-3, paged fp8 cache", "attention"),
+        Baseline("flashinfer_bf16", "decode", "peer", "FlashInfer, paged bf16 cache", "attention"),
+        Baseline("triton_dequant", "dequant", "triton", "our Triton gather-free dequantisation", "triton_dequant"),
+    )
+}
+
+
+def get_baseline(name: str) -> Baseline:
+    """The baseline called ``name``; raises UsageError, naming the known ones, for any other."""
+    try:
+        return BASELINES[name]
+    except KeyError:
+        raise UsageError(f"unknown baseline {name!r}: expected one of {', '.join(BASELINES)}") from None
+
+
+def survey(device: Any, problem: Problem) -> tuple[Availability, ...]:
+    """Every baseline of ``problem.op`` and why it cannot run on ``device`` (torch device or its name), if so."""
+    return tuple(
+        Availability(b.name, _module(b).unavailable(b.name, device, problem))
+        for b in BASELINES.values()
+        if b.op == problem.op
+    )
+
+
+def available(device: Any, problem: Problem) -> list[str]:
+    """Names of the baselines of ``problem.op`` that can run on ``device``; ``survey`` says why others cannot."""
+    return [a.name for a in survey(device, problem) if a.reason is None]
+
+
+def prepare(name: str, inputs: DecodeInputs, constants: Constants | None = None) -> Run:
+    """Allocates what ``name`` needs and returns a call that may be captured in a CUDA graph.
+
+    ``constants`` only for kind "triton"; None means as shipped. The call rereads query, lengths and block table
+    at each run. Raises UsageError for an unknown name or constants that do not fit, TunerError where the
+    baseline is not available.
+    """
+    baseline = get_baseline(name)
+    if constants is not None and baseline.kind != "triton":
+        raise UsageError(f"baseline {name} has no open constants: expected constants=None")
+    run: Run = _module(baseline).prepare(name, inputs, constants)
+    return run
+
+
+def bf16_cache_bytes(inputs: DecodeInputs) -> int:
+    """Bytes of the uncompressed cache that a peer needs beside the compressed one."""
+    blocks = int(inputs.kv_cache.shape[0])
+    return 4 * blocks * inputs.block_size * inputs.kv_heads * inputs.layout.head_dim
+
+
+def _module(baseline: Baseline) -> Any:
+    return import_module(f"tuner.baselines.{baseline.module}")
+
+
+__all__ = [
+    "BASELINES",
+    "SHIPPED",
+    "TUNABLE",
+    "Availability",
+    "Baseline",
+    "Constants",
+    "DecodeInputs",
+    "DequantConstants",
+    "TritonConstants",
+    "available",
+    "bf16_cache_bytes",
+    "get_baseline",
+    "prepare",
+    "survey",
+]
