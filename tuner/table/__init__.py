@@ -1,0 +1,47 @@
+"""The dispatch table: schema, selection, lookup, reading and writing."""
+
+from tuner.table.lookup import CUT_OFF, Choice, Explanation, explain, lookup
+from tuner.table.schema import (
+    EVIDENCE,
+    SCHEMA_VERSION,
+    BatchEntry,
+    BucketEntry,
+    Device,
+    Kernel,
+    Provenance,
+    RunnerUp,
+    Table,
+    TableError,
+    Timing,
+    kernel_id,
+    table_file_name,
+)
+from tuner.table.store import export, find, merge, read, read_cubin, verify, write
+
+__all__ = [
+    "CUT_OFF",
+    "EVIDENCE",
+    "SCHEMA_VERSION",
+    "BatchEntry",
+    "BucketEntry",
+    "Choice",
+    "Device",
+    "Explanation",
+    "Kernel",
+    "Provenance",
+    "RunnerUp",
+    "Table",
+    "TableError",
+    "Timing",
+    "explain",
+    "export",
+    "find",
+    "kernel_id",
+    "lookup",
+    "merge",
+    "read",
+    "read_cubin",
+    "table_file_name",
+    "verify",
+    "write",
+]
