@@ -150,7 +150,11 @@ def header(config: Config) -> str:
     return "\n".join([*lines, line]) + "\n\n"
 
 
-def _choices(config: Config, space: Space) -> SimpleNamespace:
+class Axes(SimpleNamespace):
+    """The axis values of a configuration as attributes: ``c`` of a template."""
+
+
+def _choices(config: Config, space: Space) -> Axes:
     values: dict[str, Any] = {}
     for name, value in config.params:
         if isinstance(value, str):
@@ -159,7 +163,7 @@ def _choices(config: Config, space: Space) -> SimpleNamespace:
             values[name] = choice
         else:
             values[name] = value
-    return SimpleNamespace(**values)
+    return Axes(**values)
 
 
 def _context(config: Config) -> Mapping[str, Any]:
