@@ -56,7 +56,7 @@ def message_of(error: Exception) -> str:
     """One line for ``error``: our own and click's messages as they are, others with what kind of surprise it was."""
     if isinstance(error, click.UsageError):
         path = error.ctx.command_path if error.ctx else program_name()
-        text = f"{error.format_message().rstrip('.')}: see {path} --help"
+        text = f"{error.format_message().rstrip('.')} (see {path} --help)"
     elif isinstance(error, click.ClickException):
         text = error.format_message()
     elif isinstance(error, TunerError):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from importlib import import_module
 from typing import Any
 
 import click
 
 from tuner import __version__
+from tuner.errors import UsageError
 
 DEFAULT_VERB = "tune"
 # Verb -> (module, line of help). The help stands here so that listing the verbs loads none of them.
@@ -53,7 +55,7 @@ class Verbs(click.Group):
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:
         if args[0] not in VERBS:
-            raise click.UsageError(f"unknown verb {args[0]!r}: expected an option or one of {', '.join(VERBS)}", ctx)
+            raise UsageError(f"unknown verb {args[0]!r}: expected an option or one of {', '.join(VERBS)}")
         return super().resolve_command(ctx, args)
 
     def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -61,7 +63,7 @@ class Verbs(click.Group):
         assert tune is not None
         formatter.write_usage(ctx.command_path, "[OPTIONS] | VERB [OPTIONS]")
         formatter.write_paragraph()
-        formatter.write_text(tune.help or "")
+        formatter.write_text(inspect.cleandoc(tune.help or ""))
         with formatter.section("Examples"):
             for line in EXAMPLES.splitlines():
                 formatter.write(f"  {line}\n")

@@ -1,0 +1,115 @@
+"""Options that several verbs share, and the checks that turn their text into values."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from tuner.errors import TunerError, UsageError
+
+if TYPE_CHECKING:
+    from tuner.space import Problem
+    from tuner.targets import Target
+    from tuner.workload import Shape, Workload
+
+F = TypeVar("F", bound=Callable[..., Any])
+DEFAULT_FORMAT = "turboquant_4bit_nc"
+DEFAULT_OUTPUT = Path("build/tables")
+FALLBACK_ARCH = "sm_121"
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+
+
+class IntList(click.ParamType):
+    """``1,2,4`` as a tuple of integers, in the order given, each once."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(dict.fromkeys(int(part) for part in str(value).split(",")))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers: expected for example 1,2,4", param, ctx)
+
+
+INT_LIST = IntList()
+
+
+def debug_option(function: F) -> F:
+    """``--debug``: read by ``tuner.cli.run`` from the arguments, so declared here only to be known and explained."""
+    return click.option(
+        "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error instead of one line."
+    )(function)
+
+
+def problem_options(function: F) -> F:
+    """What to compute and for which GPU: shared by the verbs that start from a head dim or a model."""
+    for option in (
+        click.option("--arch", metavar="ARCH", help="Target, for example sm_90.  [default: the attached GPU's, else sm_121]"),
+        click.option("--op", default="decode", show_default=True, metavar="OP", help="decode or dequant."),
+        click.option("--gqa", type=int, metavar="N", help="Query heads per KV head.  [default: usual for the head dim]"),
+        click.option(
+            "--kv-cache-dtype",
+            "cache_format",
+            default=DEFAULT_FORMAT,
+            show_default=True,
+            metavar="FORMAT",
+            help="Format of the compressed cache, as vLLM names it.",
+        ),
+        click.option("--model", metavar="NAME|PATH", help="Preset, or a Hugging Face config.json: all its head dims."),
+        click.option("--head-dim", type=int, metavar="D", help="64, 128, 256 or 512."),
+    ):
+        function = option(function)
+    return function
+
+
+def read_workload(head_dim: int | None, model: str | None, gqa: int | None) -> Workload:
+    """The attention shapes asked for, by head dim or by model. Raises UsageError unless exactly one is given."""
+    from tuner.formats import check_head_dim
+    from tuner.workload import Workload, default_buckets, default_shape, load_model
+
+    if (head_dim is None) == (model is None):
+        given = "neither" if head_dim is None else "both"
+        raise UsageError(f"{given} of --head-dim and --model given: expected one, for example --head-dim 256")
+    if model is not None:
+        if gqa is not None:
+            raise UsageError("--gqa does not go with --model: the model's configuration says it")
+        return load_model(model)
+    assert head_dim is not None
+    shape = default_shape(check_head_dim(head_dim), gqa)
+    return Workload(f"head_dim={head_dim}", ((shape, 1),), default_buckets())
+
+
+def problem_of(shape: Shape, op: str, cache_format: str) -> Problem:
+    """The problem that a kernel for ``shape`` solves; a dequantiser serves every group size."""
+    from tuner.space import Problem
+
+    return Problem(op, shape.head_dim, shape.gqa if op == "decode" else 1, cache_format)
+
+
+def read_target(arch: str | None, device: int = 0) -> tuple[Target, str]:
+    """The GPU to tune for and the evidence it allows: "measured" if it is attached, else "predicted"."""
+    from tuner.targets import attached, get_target
+
+    if arch is not None:
+        get_target(arch)
+    here = attached(device)
+    if here is not None and arch in (None, here.arch):
+        return here, "measured"
+    return get_target(arch or FALLBACK_ARCH), "predicted"
+
+
+def ensure_writable(folder: Path) -> Path:
+    """``folder``, created if need be, with proof that files can be made there. Raises TunerError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise TunerError(f"cannot write to {folder}: {error.strerror or error}; name another folder") from None
+    return folder

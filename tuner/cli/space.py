@@ -1,0 +1,33 @@
+"""The verb ``space``: what would be searched, and what each constraint removes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from tuner.cli.options import CONTEXT_SETTINGS, debug_option, problem_of, problem_options, read_target, read_workload
+
+
+@click.command("space", context_settings=CONTEXT_SETTINGS)
+@problem_options
+@debug_option
+def command(head_dim: int | None, model: str | None, gqa: int | None, arch: str | None, **what: Any) -> None:
+    """Show the search space: its axes, how many configurations there are, and which constraint removes how many.
+
+    Example: python tune.py space --head-dim 256 --arch sm_90
+    """
+    from rich.console import Console
+
+    from tuner.report import terminal
+    from tuner.space import get_space
+    from tuner.space.census import census
+
+    workload = read_workload(head_dim, model, gqa)
+    target, _ = read_target(arch)
+    console = Console()
+    for problem in dict.fromkeys(problem_of(shape, what["op"], what["cache_format"]) for shape, _ in workload.shapes):
+        space = get_space(problem.op)
+        console.print(terminal.problem_title(problem, target.device_name, target.arch), highlight=False)
+        console.print(terminal.axes(space))
+        console.print(terminal.constraints(space, census(space, problem, target)))
