@@ -7,10 +7,14 @@ function returns the structure and the tensors behind its pointers, by field nam
 from __future__ import annotations
 
 from ctypes import Structure
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
+
+from tuner.abi import DecodeParams, DequantParams
+from tuner.errors import UsageError
+from tuner.formats import SlotLayout, slot_layout
 
 
 def decode_params(
@@ -36,7 +40,35 @@ def decode_params(
     but the last. ``block_table``: int32 or int64 [B, max_blocks], ``stride(0)`` may be 0. ``seq_lens``: int32 [B].
     ``partials`` fp32 and ``counters`` int32 (zero): sizes as ``geometry.decode_scratch`` says. Raises UsageError.
     """
-    raise NotImplementedError
+    _expect("query", query, 3, (torch.bfloat16, torch.float16))
+    _expect("out", out, 3, (query.dtype,))
+    if out.shape != query.shape:
+        raise UsageError(f"out has shape {_shape(out)}: expected that of query, {_shape(query)}")
+    batch, q_heads, head_dim = query.shape
+    layout = slot_layout(cache_format, head_dim)
+    _expect("partials", partials, 1, (torch.float32,))
+    _expect("counters", counters, 1, (torch.int32,))
+    tensors = {"query": query, "out": out, "partials": partials, "counters": counters}
+    fields = _cache_fields(layout, kv_cache, block_table, seq_lens, tensors)
+    _code_fields(layout, centroids, signs, channels, tensors)
+    _expect_one_device(tensors)
+    if fields["batch"] != batch:
+        raise UsageError(f"seq_lens has {fields['batch']} rows but query has {batch}: expected one per request")
+    group(q_heads, fields["kv_heads"])
+    if splits < 1:
+        raise UsageError(f"splits is {splits}: expected at least 1")
+    params = DecodeParams(
+        **fields,
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        query_batch_stride=query.stride(0),
+        query_head_stride=query.stride(1),
+        out_batch_stride=out.stride(0),
+        out_head_stride=out.stride(1),
+        is_bf16=int(query.dtype == torch.bfloat16),
+        scale=scale,
+        splits=splits,
+    )
+    return params, tensors
 
 
 def dequant_params(
@@ -59,4 +91,121 @@ def dequant_params(
     strides. Destination block: the block's id where ``by_block_id``, else its position in the flattened block table.
     Raises UsageError.
     """
-    raise NotImplementedError
+    layout = slot_layout(cache_format, head_dim)
+    outputs = {name: out for name, out in (("key_out", key_out), ("value_out", value_out)) if out is not None}
+    if not outputs:
+        raise UsageError("neither key_out nor value_out is given: expected at least one of them")
+    tensors: dict[str, Tensor] = dict(outputs)
+    fields = _cache_fields(layout, kv_cache, block_table, seq_lens, tensors)
+    _code_fields(layout, centroids, signs, channels, tensors)
+    _expect_one_device(tensors)
+    destinations = kv_cache.shape[0] if by_block_id else fields["batch"] * fields["max_blocks"]
+    row = (fields["block_size"], fields["kv_heads"], head_dim)
+    strides = next(iter(outputs.values())).stride()
+    for name, out in outputs.items():
+        _expect(name, out, 4, (torch.bfloat16,))
+        if out.shape[0] < destinations or tuple(out.shape[1:]) != row:
+            raise UsageError(f"{name} has shape {_shape(out)}: expected [at least {destinations}, {_join(row)}]")
+        if out.stride() != strides:
+            raise UsageError(f"value_out has strides {out.stride()}: expected those of key_out, {strides}")
+    params = DequantParams(
+        **fields,
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        out_block_stride=strides[0],
+        out_token_stride=strides[1],
+        out_head_stride=strides[2],
+        by_block_id=int(by_block_id),
+    )
+    return params, tensors
+
+
+def group(q_heads: int, kv_heads: int) -> int:
+    """Query heads per KV head. Raises UsageError where they do not divide."""
+    if kv_heads < 1 or q_heads % kv_heads:
+        raise UsageError(f"{q_heads} query heads over {kv_heads} KV heads: expected a multiple")
+    return q_heads // kv_heads
+
+
+def _cache_fields(
+    layout: SlotLayout, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """The cache's part of a structure without its pointers; adds the tensors behind those to ``tensors``."""
+    planes = layout.format.separate_planes
+    _expect("kv_cache", kv_cache, 5 if planes else 4, (torch.uint8,))
+    if planes and kv_cache.shape[1] != 2:
+        raise UsageError(f"kv_cache has shape {_shape(kv_cache)}: expected [blocks, 2, block_size, Hk, slot]")
+    if kv_cache.shape[-1] < layout.slot_bytes:
+        name, d = layout.format.name, layout.head_dim
+        expected = f"at least {layout.slot_bytes} for {name} at head dim {d}"
+        raise UsageError(f"kv_cache has slots of {kv_cache.shape[-1]} bytes: expected {expected}")
+    _expect("seq_lens", seq_lens, 1, (torch.int32,))
+    _expect("block_table", block_table, 2, (torch.int32, torch.int64))
+    if block_table.shape[0] != seq_lens.shape[0]:
+        raise UsageError(f"block_table has {block_table.shape[0]} rows: expected one per request, {seq_lens.shape[0]}")
+    tensors.update(kv_cache=kv_cache, block_table=block_table, seq_lens=seq_lens)
+    strides, sizes = kv_cache.stride(), kv_cache.shape
+    return {
+        "block_stride": strides[0],
+        "plane_stride": strides[1] if planes else 0,
+        "token_stride": strides[-3],
+        "head_stride": strides[-2],
+        "block_table_stride": block_table.stride(0),
+        "block_table_bytes": block_table.element_size(),
+        "max_blocks": block_table.shape[1],
+        "block_size": sizes[-3],
+        "batch": seq_lens.shape[0],
+        "kv_heads": sizes[-2],
+    }
+
+
+def _code_fields(
+    layout: SlotLayout, centroids: Tensor, signs: Tensor | None, channels: Tensor | None, tensors: dict[str, Tensor]
+) -> None:
+    """Checks the constants of a layer and adds those that the format uses to ``tensors``; the others stay null."""
+    fmt, name = layout.format, layout.format.name
+    _expect("centroids", centroids, 1, (torch.float32,))
+    if fmt.key_codebook and centroids.shape[0] != 1 << fmt.key_bits:
+        raise UsageError(f"centroids has {centroids.shape[0]} levels: expected {1 << fmt.key_bits} for {name}")
+    tensors["centroids"] = centroids
+    if fmt.has_signs:
+        tensors["signs"] = _layer_constant("signs", signs, torch.float32, layout.normal, name)
+    if layout.outliers:
+        tensors["channels"] = _layer_constant("channels", channels, torch.int32, layout.head_dim, name)
+
+
+def _layer_constant(name: str, tensor: Tensor | None, dtype: torch.dtype, length: int, fmt: str) -> Tensor:
+    if tensor is None:
+        raise UsageError(f"{name} is missing: {fmt} needs {length} of them, of type {_name(dtype)}")
+    _expect(name, tensor, 1, (dtype,))
+    if tensor.shape[0] != length:
+        raise UsageError(f"{name} has {tensor.shape[0]} elements: expected {length} for {fmt}")
+    return tensor
+
+
+def _expect(name: str, tensor: Tensor, dims: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raises UsageError unless ``tensor`` has that many dimensions, one of the types and adjacent last elements."""
+    if tensor.dim() != dims:
+        raise UsageError(f"{name} has shape {_shape(tensor)}: expected {dims} dimensions")
+    if tensor.dtype not in dtypes:
+        raise UsageError(f"{name} is {_name(tensor.dtype)}: expected {' or '.join(map(_name, dtypes))}")
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise UsageError(f"{name} has last stride {tensor.stride(-1)}: expected 1")
+
+
+def _expect_one_device(tensors: dict[str, Tensor]) -> None:
+    home = tensors["kv_cache"].device
+    for name, tensor in tensors.items():
+        if tensor.device != home:
+            raise UsageError(f"{name} is on {tensor.device} but kv_cache on {home}: expected one device")
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"[{_join(tensor.shape)}]"
+
+
+def _join(sizes: tuple[int, ...] | torch.Size) -> str:
+    return ", ".join(map(str, sizes))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 FailureKind = Literal["crash", "timeout", "wrong result", "resource", "error"]
+CONFIDENCE = 0.95
+RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,9 @@ class Sample:
     @staticmethod
     def of(times_us: Sequence[float], *, clock_mhz: float | None = None, throttled: int = 0) -> Sample:
         """Summary of single-call times in microseconds (at least one)."""
-        raise NotImplementedError
+        times = np.asarray(times_us, dtype=np.float64)
+        low, high = _interval(np.median(_resample(times), axis=1))
+        return Sample(float(np.median(times)), low, high, len(times), clock_mhz, throttled)
 
     @property
     def relative_ci(self) -> float:
@@ -54,13 +61,33 @@ class Failure:
 
 def paired_ratio(a_us: Sequence[float], b_us: Sequence[float], *, seed: int = 0) -> tuple[float, float, float]:
     """Median of a/b over rounds, and the ends of its 95% bootstrap interval; below 1 means that a is faster."""
-    raise NotImplementedError
+    ratios = np.asarray(a_us, dtype=np.float64) / np.asarray(b_us, dtype=np.float64)
+    low, high = _interval(np.median(_resample(ratios, seed), axis=1))
+    return float(np.median(ratios)), low, high
 
 
-def declare_winner(rounds_us: dict[str, Sequence[float]], simplicity: Sequence[str]) -> tuple[str, bool]:
+def declare_winner(rounds_us: Mapping[str, Sequence[float]], simplicity: Sequence[str]) -> tuple[str, bool]:
     """(winner, is a tie). ``rounds_us``: paired times per contestant; ``simplicity``: names, simplest first.
 
-    The fastest wins only where the interval of its paired ratio to a simpler contestant excludes 1; otherwise the
-    simplest of those that it cannot be told from stands, and it is a tie.
+    The contestant with the least median wins if the interval of its paired ratio to every simpler one excludes 1;
+    otherwise the simplest of those that it cannot be told from stands, and it is a tie.
     """
-    raise NotImplementedError
+    fastest = min(simplicity, key=lambda name: float(np.median(rounds_us[name])))
+    for simpler in simplicity[: simplicity.index(fastest)]:
+        _, _, high = paired_ratio(rounds_us[fastest], rounds_us[simpler])
+        if high >= 1.0:
+            return simpler, True
+    return fastest, False
+
+
+def _resample(values: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
+    """Bootstrap resamples [RESAMPLES, n] of ``values`` [n]."""
+    index = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    resampled: NDArray[np.float64] = values[index]
+    return resampled
+
+
+def _interval(estimates: NDArray[np.float64]) -> tuple[float, float]:
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(estimates, (tail, 100 - tail))
+    return float(low), float(high)

@@ -1,0 +1,171 @@
+"""The public calls: decode attention, dequantisation and the store, on torch tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tuner.arguments import group
+from tuner.errors import TunerError, UsageError
+from tuner.formats import SlotLayout, slot_layout
+from tuner.kernels import Selection, Tables, default_selection
+from tuner.launch import DecodeCall, DequantCall, Workspace
+from tuner.reference import Codec
+from tuner.reference import store as reference_store
+from tuner.space import Problem
+
+
+def load_tables(folder: Path | str | None = None, device: int | None = None) -> Tables:
+    """The dispatch tables for ``device`` (torch's current one), from ``folder`` or the usual places.
+
+    The usual places: $VLLM_TUNED_CONFIG_FOLDER, then the package. Raises TunerError without a GPU or the folder.
+    """
+    if not torch.cuda.is_available():
+        raise TunerError("no NVIDIA GPU: torch sees none, and a table's kernels run on nothing else")
+    if folder is not None and not Path(folder).is_dir():
+        raise UsageError(f"no folder {folder}: expected one that holds dispatch tables")
+    return Tables(None if folder is None else Path(folder), device)
+
+
+def decode_attention(
+    query: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    cache_format: str,
+    centroids: Tensor | None = None,
+    signs: Tensor | None = None,
+    channels: Tensor | None = None,
+    tables: Tables | None = None,
+    out: Tensor | None = None,
+    max_context: int | None = None,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """Decode attention over a compressed paged cache; [B, Hq, D] of the query's type, on torch's current stream.
+
+    ``query`` [B, Hq, D] fp16 or bf16; ``kv_cache`` uint8 [blocks, block_size, Hk, slot] (formats with separate planes:
+    [blocks, 2, block_size, Hk, slot]), any strides but the last; ``block_table`` int32 or int64 [B, max_blocks],
+    ``stride(0)`` may be 0; ``seq_lens`` int32 [B], 0 allowed (that row becomes zeros). ``centroids``, ``signs``,
+    ``channels`` are the layer's constants as ``reference.Codec`` describes them; None means those of layer seed 0.
+    Without a table, or where it has no choice, the default configuration runs, compiled once if need be.
+    ``max_context``: the longest request as the host knows it, for a finer choice from the tables. ``workspace``:
+    scratch for calls that overlap others. Can be captured in a CUDA graph after one call of the same sizes.
+    """
+    device = _cuda_index(kv_cache)
+    if query.dim() != 3 or kv_cache.dim() < 4 or block_table.dim() != 2:
+        raise UsageError("expected query [B, Hq, D], kv_cache with 4 or 5 dimensions and block_table [B, max_blocks]")
+    batch, q_heads, head_dim = query.shape
+    block_size, kv_heads = kv_cache.shape[-3], kv_cache.shape[-2]
+    problem = Problem("decode", head_dim, group(q_heads, kv_heads), cache_format)
+    capturing = torch.cuda.is_current_stream_capturing()
+    chosen = None
+    if tables is not None:
+        context = None if capturing else max_context
+        chosen = tables.select(problem, batch=batch, kv_heads=kv_heads, context=context)
+    if chosen is None:
+        longest = max_context if max_context and not capturing else block_table.shape[1] * block_size
+        chosen = default_selection(problem, device, batch=batch, kv_heads=kv_heads, context=longest)
+    result = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
+    codec = _codec(problem.layout, kv_cache.device, centroids, signs, channels)
+    DecodeCall(
+        chosen.kernel,
+        query,
+        kv_cache,
+        block_table,
+        seq_lens,
+        result,
+        scale=scale,
+        codec=codec,
+        splits=chosen.splits,
+        workspace=workspace,
+    )()
+    return result
+
+
+def dequantize(
+    kv_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    cache_format: str,
+    head_dim: int,
+    which: str = "both",
+    centroids: Tensor | None = None,
+    signs: Tensor | None = None,
+    channels: Tensor | None = None,
+    tables: Tables | None = None,
+    out: tuple[Tensor | None, Tensor | None] | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(K, V), bf16 [B * max_blocks, block_size, Hk, D] each: block j of request b at b * max_blocks + j.
+
+    Rows past a request's length are not written. ``which``: "both", "key" or "value", the other is None. ``out``: the
+    tensors to write to, instead of new ones. Everything else as in decode_attention().
+    """
+    if which not in ("both", "key", "value"):
+        raise UsageError(f"which is {which!r}: expected 'both', 'key' or 'value'")
+    device = _cuda_index(kv_cache)
+    if kv_cache.dim() < 4 or block_table.dim() != 2:
+        raise UsageError("expected kv_cache with 4 or 5 dimensions and block_table [B, max_blocks]")
+    block_size, kv_heads = kv_cache.shape[-3], kv_cache.shape[-2]
+    batch, max_blocks = block_table.shape
+    problem = Problem("dequant", head_dim, 1, cache_format)
+    chosen: Selection | None = None
+    if tables is not None:
+        chosen = tables.select(problem, batch=batch, kv_heads=kv_heads)
+    if chosen is None:
+        chosen = default_selection(problem, device, batch=batch, kv_heads=kv_heads, context=max_blocks * block_size)
+    shape = (batch * max_blocks, block_size, kv_heads, head_dim)
+    if out is None:
+        key, value = (
+            torch.empty(shape, dtype=torch.bfloat16, device=kv_cache.device) if which in ("both", name) else None
+            for name in ("key", "value")
+        )
+    else:
+        key, value = out
+    codec = _codec(problem.layout, kv_cache.device, centroids, signs, channels)
+    DequantCall(chosen.kernel, kv_cache, block_table, seq_lens, key, value, codec=codec)()
+    return key, value
+
+
+def store(
+    kv_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    *,
+    cache_format: str,
+    centroids: Tensor | None = None,
+    signs: Tensor | None = None,
+    channels: Tensor | None = None,
+) -> None:
+    """Quantises ``key`` and ``value`` [N, Hk, D] into the slots ``slot_mapping`` [N]; negative ones write nothing.
+
+    A torch reference, on any device; slot = block * block_size + token. Constants as in decode_attention().
+    """
+    layout = slot_layout(cache_format, key.shape[-1])
+    reference_store(kv_cache, key, value, slot_mapping, _codec(layout, kv_cache.device, centroids, signs, channels))
+
+
+def _cuda_index(kv_cache: Tensor) -> int:
+    if kv_cache.device.type != "cuda":
+        raise UsageError(f"kv_cache is on {kv_cache.device}: expected a CUDA device (tuner.reference runs anywhere)")
+    return kv_cache.device.index or 0
+
+
+def _codec(
+    layout: SlotLayout, device: torch.device, centroids: Tensor | None, signs: Tensor | None, channels: Tensor | None
+) -> Codec:
+    codec = _default_codec(layout, device)
+    given = {"centroids": centroids, "signs": signs, "channels": channels}
+    return replace(codec, **{name: tensor for name, tensor in given.items() if tensor is not None})
+
+
+@lru_cache(maxsize=64)
+def _default_codec(layout: SlotLayout, device: torch.device) -> Codec:
+    return Codec.for_layout(layout).to(device)

@@ -1,0 +1,104 @@
+"""Which kernel a call runs: a table's choice or the default configuration, loaded once per device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from tuner.errors import TunerError
+from tuner.geometry import split_candidates
+from tuner.launch import LoadedKernel
+from tuner.space import Problem, default_config
+from tuner.table import Choice, Table, find, lookup, read, read_cubin, table_file_name
+from tuner.targets import Target, get_target
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A loaded kernel and the ``splits`` to launch it with (1 where the op has none)."""
+
+    kernel: LoadedKernel
+    splits: int
+
+
+class Tables:
+    """The dispatch tables for one device, each read when its problem first comes up.
+
+    ``folder`` None: where the package and the environment put them. A problem without a table has no choice. Raises
+    TableError where there is one but it cannot be trusted.
+    """
+
+    def __init__(self, folder: Path | None = None, device: int | None = None) -> None:
+        self.device = torch.cuda.current_device() if device is None else device
+        self._folder = folder
+        self._tables: dict[Problem, tuple[Path, Table] | None] = {}
+        self._kernels: dict[str, LoadedKernel] = {}
+
+    def select(self, problem: Problem, *, batch: int, kv_heads: int, context: int | None = None) -> Selection | None:
+        """The table's choice; ``context`` None asks for the one that is valid for every length."""
+        found = self._table(problem)
+        if found is None:
+            return None
+        path, table = found
+        choice = lookup(table, batch, context, kv_heads=kv_heads)
+        return None if choice is None else Selection(self._load(path, table, choice), choice.splits)
+
+    def _table(self, problem: Problem) -> tuple[Path, Table] | None:
+        if problem not in self._tables:
+            name = torch.cuda.get_device_name(self.device)
+            path: Path | None
+            if self._folder is None:
+                path = find(problem, name)
+            else:
+                path = self._folder / table_file_name(problem, name)
+                path = path if path.is_file() else None
+            self._tables[problem] = None if path is None else (path, read(path, arch=device_arch(self.device)))
+        return self._tables[problem]
+
+    def _load(self, path: Path, table: Table, choice: Choice) -> LoadedKernel:
+        if choice.kernel not in self._kernels:
+            config = table.kernel(choice.kernel).config(table.problem)
+            self._kernels[choice.kernel] = LoadedKernel.load(
+                read_cubin(path, table, choice.kernel), config, self.device
+            )
+        return self._kernels[choice.kernel]
+
+
+def default_selection(problem: Problem, device: int, *, batch: int, kv_heads: int, context: int) -> Selection:
+    """The default configuration, built the first time; splits for requests of up to ``context`` tokens."""
+    kernel, registers, target = _default_kernel(problem, device)
+    if problem.op != "decode":
+        return Selection(kernel, 1)
+    candidates = split_candidates(
+        kernel.config,
+        registers=registers,
+        batch=max(1, batch),
+        kv_heads=kv_heads,
+        max_context=max(1, context),
+        target=target,
+    )
+    return Selection(kernel, candidates[0])
+
+
+@lru_cache(maxsize=None)
+def _default_kernel(problem: Problem, device: int) -> tuple[LoadedKernel, int, Target]:
+    from tuner.build import BuildFailure, build
+    from tuner.render import render
+
+    arch = device_arch(device)
+    target = get_target(arch)
+    config = default_config(problem)
+    source = render(config)
+    built = build([source], [arch])[source.digest, arch]
+    if isinstance(built, BuildFailure):
+        raise TunerError(f"the default kernel does not compile for {arch}: {built.message} (see {built.log})")
+    return LoadedKernel.load(built.cubin, config, device), built.registers, target
+
+
+def device_arch(device: int) -> str:
+    """ "sm_90" and the like."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
