@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tuner.space.core import Config
+from tuner.space.plan import DecodePlan
 from tuner.targets import Target
 
 
@@ -25,23 +26,70 @@ class Scratch:
     counters: int
 
 
+_REDUCE_WARPS = 4
+
+
+def _head_groups(config: Config, kv_heads: int) -> int:
+    return -(-kv_heads // int(config["head_warps"]))
+
+
 def decode_geometry(config: Config, *, batch: int, kv_heads: int, splits: int) -> Geometry:
     """Geometry of ``wph_decode``; ``splits`` as in DecodeParams."""
-    raise NotImplementedError
+    plan = DecodePlan(config)
+    requests = 1 if config["schedule"] == "stream" else batch
+    return Geometry((splits, _head_groups(config, kv_heads), requests), 32 * config["warps"], plan.shared_bytes)
 
 
 def reduce_geometry(config: Config, *, batch: int, kv_heads: int) -> Geometry:
-    """Geometry of ``wph_decode_reduce`` (configurations with ``reduction=kernel``)."""
-    raise NotImplementedError
+    """Geometry of ``wph_decode_reduce`` (configurations with ``reduction=kernel``): a warp per query head."""
+    rows = kv_heads * config.problem.gqa
+    return Geometry((-(-rows // _REDUCE_WARPS), batch, 1), 32 * _REDUCE_WARPS, 0)
 
 
 def decode_scratch(config: Config, *, batch: int, kv_heads: int, splits: int) -> Scratch:
-    """Scratch of ``wph_decode``; counters must be zero before the first launch and are zero after each."""
-    raise NotImplementedError
+    """Scratch of ``wph_decode``; counters must be zero before the first launch and are zero after each.
+
+    Every slot holds per query head a maximum, a sum and the unnormalised output.
+    """
+    slots = 2 * splits if config["schedule"] == "stream" else batch * splits
+    per_head = 2 + DecodePlan(config).total_dims
+    counters = batch * _head_groups(config, kv_heads) if config["reduction"] == "last" else 0
+    return Scratch(slots * kv_heads * config.problem.gqa * per_head, counters)
+
+
+def resident_ctas(config: Config, *, registers: int, target: Target) -> int:
+    """CTAs of ``wph_decode`` that an SM holds at once, at least one."""
+    plan, warps = DecodePlan(config), config["warps"]
+    per_warp = -(-registers * 32 // 256) * 256
+    return max(
+        1,
+        min(
+            target.max_warps // warps,
+            target.max_ctas,
+            target.registers // (per_warp * warps),
+            target.shared_bytes_per_sm // (plan.shared_bytes + 1024),
+        ),
+    )
 
 
 def split_candidates(
     config: Config, *, registers: int, batch: int, kv_heads: int, max_context: int, target: Target
 ) -> tuple[int, ...]:
-    """Values of ``splits`` worth timing, the most promising first (about three)."""
-    raise NotImplementedError
+    """Values of ``splits`` worth timing, the most promising first (about three).
+
+    The stream schedule divides evenly, so it wants the grid to fill the GPU once (or half, where merging costs
+    more than idling). The grid schedule wants whole waves: the CTAs of all requests and heads together come
+    near a multiple of what the GPU holds at once.
+    """
+    resident = resident_ctas(config, registers=registers, target=target) * target.sms
+    heads = _head_groups(config, kv_heads)
+    least = max(1, -(-max_context // (16 * DecodePlan(config).token_warps * DecodePlan(config).tiles)))
+    if config["schedule"] == "stream":
+        full = max(1, resident // heads)
+        wanted = [full, max(1, full // 2), max(1, full // 4)]
+        limit = least * batch
+    else:
+        per_wave = max(1, resident // (heads * batch))
+        wanted = [per_wave, 2 * per_wave, max(1, per_wave // 2), 4 * per_wave]
+        limit = least
+    return tuple(dict.fromkeys(min(w, limit) for w in wanted))[:3]

@@ -16,7 +16,7 @@ import jinja2
 from tuner import abi, formats
 from tuner.errors import TunerError
 from tuner.space import Config, Space, get_space
-from tuner.space import decode as decode_space
+from tuner.space.plan import DecodePlan
 
 _LINE_WIDTH = 120
 
@@ -167,9 +167,9 @@ def _choices(config: Config, space: Space) -> Axes:
 
 
 def _context(config: Config) -> Mapping[str, Any]:
-    """What a template sees: ``c`` axis values, ``p`` problem, ``layout``, ``params_struct``, and derived counts."""
+    """What a template sees: ``c`` axis values, ``p`` problem, ``layout``, ``params_struct``, decode: ``plan``."""
     p = config.problem
-    context = {
+    context: dict[str, Any] = {
         "config": config,
         "c": _choices(config, get_space(p.op)),
         "p": p,
@@ -177,11 +177,7 @@ def _context(config: Config) -> Mapping[str, Any]:
         "params_struct": abi.c_struct(p.op),
     }
     if p.op == "decode":
-        context |= {
-            "token_warps": decode_space.token_warps(config),
-            "step_tokens": decode_space.step_tokens(config),
-            "head_tiles": decode_space.head_tiles(config),
-        }
+        context["plan"] = DecodePlan(config)
     return context
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tuner.space.core import Axis, Config, Constraint, Problem, Space, Value
+from tuner.space.plan import DecodePlan
 from tuner.targets import Target
 
 AXES = (
@@ -11,27 +12,140 @@ AXES = (
     Axis("dim_warps", (1, 2, 4), "warps that share a token, each with a slice of the head dim"),
     Axis("math", ("mma", "fma"), "dot products on tensor cores (mma.sync) or on CUDA cores"),
     Axis("lookup", ("table", "replicated", "prmt", "shuffle"), "how a codebook index becomes a level"),
-    Axis("load", ("cp_async", "direct", "bulk"), "how slots travel: 16-byte asynchronous copies, plain loads, whole-page bulk copies"),
+    Axis("load", ("cp_async", "direct", "bulk"), "how slots travel: asynchronous copies, plain loads, bulk copies"),
     Axis("load_bytes", (16, 8, 4), "width of one asynchronous copy"),
-    Axis("stages", (2, 1, 3, 4), "tiles in flight per CTA"),
+    Axis("stages", (2, 1, 3, 4), "steps in flight per warp"),
     Axis("tokens", (16, 32, 64), "tokens that a warp takes per softmax step"),
-    Axis("accumulate", ("f32", "f16x2"), "type of the partial sums inside a step (CUDA cores)"),
+    Axis("query", ("shared", "registers"), "where the query's fragments wait"),
+    Axis("accumulate", ("f32", "f16x2"), "type of the innermost sums on CUDA cores"),
     Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
-    Axis("reduction", ("last", "kernel"), "splits are merged by the last CTA to arrive or by a second kernel"),
-    Axis("schedule", ("grid", "stream"), "splits per request fixed by the grid, or a persistent grid that divides all tokens evenly"),
+    Axis("reduction", ("last", "kernel"), "splits are added up by the last CTA to arrive or by a second kernel"),
+    Axis("schedule", ("grid", "stream"), "splits per request from the grid, or a persistent grid that shares all tokens evenly"),
+)
+
+REGISTER_LIMIT = 255
+_FIXED_REGISTERS = 56
+"""Registers for addresses, loop state and words in flight, beside what the estimate counts."""
+
+
+def register_estimate(config: Config) -> int:
+    """A lower bound on registers per thread: accumulators, scores and held query fragments."""
+    plan, gqa = DecodePlan(config), config.problem.gqa
+    outliers = plan.outlier_steps
+    if config["math"] == "mma":
+        sums = (plan.slice_dims // 16 + outliers) * plan.head_tiles * 4
+        scores = plan.tiles * plan.head_tiles * 4 * (2 if outliers else 1)
+        held = 2 * plan.head_tiles * (plan.key_steps + outliers) if config["query"] == "registers" else 0
+        state = 8 * plan.head_tiles
+    else:
+        sums = (plan.slice_dims // 8 + 2 * outliers) * gqa
+        scores = plan.tiles * gqa * 2 * (2 if outliers else 1)
+        held = 4 * gqa
+        state = 4 * gqa
+    return _FIXED_REGISTERS + sums + scores + held + state
+
+
+def _registers_available(config: Config, target: Target) -> int:
+    threads = 32 * config["warps"] * config["min_ctas"]
+    return min(target.registers // threads // 8 * 8, REGISTER_LIMIT)
+
+
+def _too_many_registers(config: Config, target: Target) -> bool:
+    return register_estimate(config) > _registers_available(config, target)
+
+
+CONSTRAINTS = (
+    Constraint(
+        "whole_warps",
+        "warps must divide into head warps x dim warps x token warps",
+        lambda c, _: c["warps"] % (c["head_warps"] * c["dim_warps"]) != 0,
+    ),
+    Constraint(
+        "slice",
+        "a warp's slice needs 64 coefficients: each lane unpacks whole words",
+        lambda c, _: c.problem.layout.block_d // c["dim_warps"] < 64,
+    ),
+    Constraint(
+        "lookup_needs_codebook",
+        "without a codebook every lookup is the same kernel: only the first is kept",
+        lambda c, _: not c.problem.layout.format.key_codebook and c["lookup"] != "table",
+    ),
+    Constraint(
+        "copy_width",
+        "the copy width exists for asynchronous copies only: elsewhere 16 stands for none",
+        lambda c, _: c["load"] != "cp_async" and c["load_bytes"] != 16,
+    ),
+    Constraint(
+        "direct_stages",
+        "direct loads have no stages",
+        lambda c, _: c["load"] == "direct" and c["stages"] != 1,
+    ),
+    Constraint(
+        "half_sums",
+        "half-precision sums are a variant of the CUDA-core path",
+        lambda c, _: c["accumulate"] == "f16x2" and c["math"] != "fma",
+    ),
+    Constraint(
+        "held_query",
+        "only tensor-core fragments of the query fit in registers",
+        lambda c, _: c["query"] == "registers" and c["math"] != "mma",
+    ),
+    Constraint(
+        "resident_warps",
+        "min_ctas asks for more warps than an SM holds",
+        lambda c, t: c["warps"] * c["min_ctas"] > t.max_warps,
+    ),
+    Constraint(
+        "shared_memory",
+        "the CTA's shared memory exceeds what a block may have",
+        lambda c, t: DecodePlan(c).shared_bytes > t.shared_bytes_per_cta,
+    ),
+    Constraint(
+        "shared_occupancy",
+        "min_ctas CTAs exceed the SM's shared memory (1 KB per CTA is the system's)",
+        lambda c, t: (DecodePlan(c).shared_bytes + 1024) * c["min_ctas"] > t.shared_bytes_per_sm,
+    ),
+    Constraint(
+        "registers",
+        "accumulators, scores and held query need more registers than min_ctas leaves per thread",
+        _too_many_registers,
+    ),
 )
 
 
-def token_warps(config: Config) -> int:
-    """Warps that take different tokens of the same heads."""
-    return config["warps"] // (config["head_warps"] * config["dim_warps"])
+def _config(problem: Problem, **chosen: Value) -> Config:
+    return DECODE.config(problem, {a.name: chosen.get(a.name, a.values[0]) for a in AXES})
 
 
-def step_tokens(config: Config) -> int:
-    """Tokens that a CTA consumes per step."""
-    return token_warps(config) * config["tokens"]
+def _fewest_slices(problem: Problem, **chosen: Value) -> Config:
+    """The configuration with the fewest dim warps whose accumulators fit."""
+    for dim_warps in (1, 2, 4):
+        config = _config(problem, dim_warps=dim_warps, **chosen)
+        if problem.layout.block_d // dim_warps < 64:
+            break
+        best = config
+        if register_estimate(config) <= 200:
+            break
+    return best
 
 
-def head_tiles(config: Config) -> int:
-    """Tiles of eight query heads (the N of mma.m16n8k16)."""
-    return -(-config.problem.gqa // 8)
+def default_config(problem: Problem) -> Config:
+    """Four warps on different tokens of one KV head, tensor cores, two stages of asynchronous copies."""
+    return _fewest_slices(problem, tokens=16)
+
+
+def direct_variant(config: Config) -> Config:
+    """``config`` with plain loads, for caches whose pages are not aligned for asynchronous copies."""
+    return config.with_(load="direct", stages=1, load_bytes=16)
+
+
+def seed_config(problem: Problem) -> Config:
+    """The seed's layout carried over: four warps, one KV head each, plain loads, levels from shuffles."""
+    codebook = problem.layout.format.key_codebook
+    dims = default_config(problem)["dim_warps"]
+    return _config(
+        problem, head_warps=4 // dims, dim_warps=dims, load="direct", stages=1, lookup="shuffle" if codebook else "table"
+    )
+
+
+DECODE = Space("decode", AXES, CONSTRAINTS, default_config, seed_config)
