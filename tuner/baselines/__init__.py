@@ -10,7 +10,7 @@ Importing this package imports neither torch nor triton; the kernels' modules do
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from typing import Any
 
@@ -39,7 +39,7 @@ class Baseline:
     kind: str
     origin: str
     module: str
-    """Module of this package that has ``unavailable(name, device, problem)`` and ``prepare(name, inputs, constants)``."""
+    """Module of this package with ``unavailable(name, device, problem)`` and ``prepare(name, inputs, constants)``."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Availability:
 BASELINES: dict[str, Baseline] = {
     b.name: b
     for b in (
-        Baseline("triton", "decode", "triton", "our Triton kernel with vLLM's structure and constants", "triton_decode"),
+        Baseline("triton", "decode", "triton", "our Triton kernel in the structure that vLLM ships", "triton_decode"),
         Baseline("vllm_triton", "decode", "vllm", "vLLM's unmodified Triton kernel", "vllm_triton"),
         Baseline("sdpa_bf16", "decode", "peer", "torch SDPA on a contiguous bf16 cache", "attention"),
         Baseline("fa3_bf16", "decode", "peer", "vLLM's FlashAttention-3, paged bf16 cache", "attention"),
@@ -70,6 +70,24 @@ def get_baseline(name: str) -> Baseline:
         return BASELINES[name]
     except KeyError:
         raise UsageError(f"unknown baseline {name!r}: expected one of {', '.join(BASELINES)}") from None
+
+
+def tuned_name(name: str, constants: Constants) -> str:
+    """``name`` with its constants spelt out, as "triton[block_kv=16,num_warps=2,...]": ``prepare`` takes it too."""
+    return f"{name}[{','.join(f'{k}={v}' for k, v in asdict(constants).items())}]"
+
+
+def split_name(name: str) -> tuple[str, Constants | None]:
+    """Inverse of ``tuned_name``; a plain name has no constants. Raises UsageError for a misspelt one."""
+    plain, bracket, rest = name.partition("[")
+    if not bracket:
+        return plain, None
+    try:
+        values = {k: int(v) for k, v in (pair.split("=") for pair in rest.removesuffix("]").split(","))}
+        return plain, type(SHIPPED[get_baseline(plain).op])(**values)
+    except (ValueError, TypeError):
+        example = tuned_name(plain, SHIPPED[get_baseline(plain).op])
+        raise UsageError(f"cannot read the constants of baseline {name!r}: expected as in {example}") from None
 
 
 def survey(device: Any, problem: Problem) -> tuple[Availability, ...]:
@@ -89,10 +107,13 @@ def available(device: Any, problem: Problem) -> list[str]:
 def prepare(name: str, inputs: DecodeInputs, constants: Constants | None = None) -> Run:
     """Allocates what ``name`` needs and returns a call that may be captured in a CUDA graph.
 
-    ``constants`` only for kind "triton"; None means as shipped. The call rereads query, lengths and block table
-    at each run. Raises UsageError for an unknown name or constants that do not fit, TunerError where the
-    baseline is not available.
+    ``constants`` only for kind "triton"; None means as shipped, or as ``name`` spells them (``tuned_name``). Kinds
+    "triton" and "vllm" reread query, lengths, block table and cache at each run; the peers' cache is a copy.
+    Raises UsageError for an unknown name or constants that do not fit, TunerError where the baseline is not
+    available.
     """
+    name, spelt = split_name(name)
+    constants = constants or spelt
     baseline = get_baseline(name)
     if constants is not None and baseline.kind != "triton":
         raise UsageError(f"baseline {name} has no open constants: expected constants=None")
@@ -124,5 +145,7 @@ __all__ = [
     "bf16_cache_bytes",
     "get_baseline",
     "prepare",
+    "split_name",
     "survey",
+    "tuned_name",
 ]

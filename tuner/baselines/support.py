@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,16 @@ if TYPE_CHECKING:
 def interpreted() -> bool:
     """Triton kernels run on the CPU: TRITON_INTERPRET was set before triton was imported."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def package_folder(name: str) -> Path | None:
+    """Where the installed package ``name`` lies, without importing it; None where it is not installed."""
+    try:
+        spec = find_spec(name)
+    except ValueError:  # a stand-in without a spec is in its place
+        return None
+    folders = spec.submodule_search_locations if spec else None
+    return Path(folders[0]) if folders else None
 
 
 def no_cuda(device: Any) -> str | None:
@@ -28,8 +39,6 @@ def no_cuda(device: Any) -> str | None:
 
 def no_triton_here(device: Any) -> str | None:
     """Why a Triton kernel cannot run on ``device``, or None where it can."""
-    if find_spec("triton") is None:
-        return "triton is not installed: pip install triton"
     if interpreted():
         return None
     reason = no_cuda(device)

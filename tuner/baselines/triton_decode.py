@@ -6,7 +6,9 @@ rotated outside, by a GEMM with the fp32 Hadamard matrix. ``block_h`` 16 is a va
 a group of query heads on tensor cores, so that each key and value is unpacked once per group.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# Triton writes compile-time arguments in capitals and leaves the others without types.
+# ruff: noqa: N803
+# mypy: disable-error-code="no-untyped-def, index"
 from __future__ import annotations
 
 from typing import Any
@@ -17,7 +19,7 @@ import triton.language as tl
 
 from tuner.baselines.inputs import Constants, DecodeInputs, TritonConstants, constants_for
 from tuner.baselines.support import hadamard_matrix, no_triton_here
-from tuner.baselines.unpack import field_at, fp8_at, half_at, value_field_at
+from tuner.baselines.unpack import field_at, fp8_at, half_at, packed_at
 from tuner.space.core import Problem
 
 MERGE_WARPS = 4
@@ -86,7 +88,8 @@ def decode_stage1(
         token = first + tl.arange(0, BLOCK_KV)
         live = token < end
         block = tl.load(block_table + request * table_stride + token // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
-        slot = kv_cache + block * block_stride + (token % BLOCK_SIZE).to(tl.int64) * token_stride + kv_head * head_stride
+        in_block = (token % BLOCK_SIZE).to(tl.int64)
+        slot = kv_cache + block * block_stride + in_block * token_stride + kv_head.to(tl.int64) * head_stride
         rows = live[:, None]
 
         if KEY_BITS == 8:
@@ -103,7 +106,7 @@ def decode_stage1(
         value_slot = slot + VALUE_OFFSET
         step = half_at(value_slot + SCALE_OFFSET, live)
         zero = half_at(value_slot + SCALE_OFFSET + 2, live)
-        level = value_field_at(value_slot[:, None], d[None, :], rows, VALUE_BITS).to(tl.float32)
+        level = packed_at(value_slot[:, None], d[None, :], rows, VALUE_BITS).to(tl.float32)
         value = level * step[:, None] + zero[:, None]
 
         if BLOCK_H == 1:

@@ -6,6 +6,8 @@ inverse Walsh-Hadamard transform is a butterfly over reshaped registers: each st
 moves their index bit to the top, so that log2(BLOCK_D) steps restore the natural order.
 """
 
+# Triton writes compile-time arguments in capitals and leaves the others without types.
+# ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ import triton.language as tl
 
 from tuner.baselines.inputs import Constants, DecodeInputs, DequantConstants, constants_for
 from tuner.baselines.support import no_triton_here
-from tuner.baselines.unpack import bfloat_at, field_at, fp8_at, half_at, nibble_at, value_field_at
+from tuner.baselines.unpack import bfloat_at, fp8_at, half_at, packed_at
 from tuner.space.core import Problem
 
 
@@ -85,10 +87,7 @@ def dequantize_rows(
     rows = live[:, None]
     if CODEBOOK:
         stored = rows & (d < STORED)
-        if BITS == 4:
-            index = nibble_at(slot[:, None] + INDICES_OFFSET, d, stored)
-        else:
-            index = field_at(slot[:, None] + INDICES_OFFSET, d, stored, BITS)
+        index = packed_at(slot[:, None] + INDICES_OFFSET, d, stored, BITS)
         x = tl.load(centroids + index, mask=stored, other=0.0)
         factor = half_at(slot + NORM_OFFSET, live) * (1.0 / tl.sqrt(BLOCK_D * 1.0))
         if NORM_CORRECTION:
@@ -99,7 +98,7 @@ def dequantize_rows(
     else:
         step = half_at(slot + SCALE_OFFSET, live)
         zero = half_at(slot + SCALE_OFFSET + 2, live)
-        x = value_field_at(slot[:, None], d, rows, BITS).to(tl.float32) * step[:, None] + zero[:, None]
+        x = packed_at(slot[:, None], d, rows, BITS).to(tl.float32) * step[:, None] + zero[:, None]
 
     normal = d < NORMAL
     if SIGNED:

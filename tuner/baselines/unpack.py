@@ -3,6 +3,8 @@
 The cache is addressed by byte because a slot is aligned to two bytes at best (the seed's norm not even to that).
 """
 
+# Triton writes compile-time arguments in capitals and leaves the others without types.
+# ruff: noqa: N803
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
@@ -46,13 +48,9 @@ def field_at(address, index, mask, BITS: tl.constexpr):
 
 
 @triton.jit
-def value_field_at(address, index, mask, BITS: tl.constexpr):
-    """Field of a value: 4 bits never straddle bytes, 3 bits may."""
-    if BITS == 4:
-        field = nibble_at(address, index, mask)
-    else:
-        field = field_at(address, index, mask, BITS)
-    return field
+def packed_at(address, index, mask, BITS: tl.constexpr):
+    """As field_at, but where no field straddles bytes only the one byte is read."""
+    return nibble_at(address, index, mask) if BITS == 4 else field_at(address, index, mask, BITS)
 
 
 @triton.jit
