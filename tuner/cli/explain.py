@@ -14,7 +14,9 @@ from tuner.errors import UsageError
 @click.command("explain", context_settings=CONTEXT_SETTINGS)
 @tables_argument
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Requests decoded together.")
-@click.option("--context", type=int, metavar="N", help="Tokens of the longest request.  [default: any, as in a CUDA graph]")
+@click.option(
+    "--context", type=int, metavar="N", help="Tokens of the longest request.  [default: any, as in a CUDA graph]"
+)
 @click.option("--kv-heads", type=int, metavar="N", help="KV heads on this GPU.  [default: as tuned]")
 @click.option("--ragged", is_flag=True, help="The requests' lengths differ widely.")
 @debug_option

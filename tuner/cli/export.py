@@ -12,7 +12,15 @@ from tuner.cli.tables import table_paths, tables_argument
 
 @click.command("export", context_settings=CONTEXT_SETTINGS)
 @tables_argument
-@click.option("--to", "folder", type=click.Path(path_type=Path), default=Path("generated"), show_default=True, metavar="FOLDER", help="Where to copy to; one folder per target is made in it.")  # fmt: skip
+@click.option(
+    "--to",
+    "folder",
+    type=click.Path(path_type=Path),
+    default=Path("generated"),
+    show_default=True,
+    metavar="FOLDER",
+    help="Where to copy to; one folder per target is made in it.",
+)
 @debug_option
 def command(tables: tuple[Path, ...], folder: Path) -> None:
     """Copy TABLES with their cubins, and the CUDA source of every kernel as a person would read it.

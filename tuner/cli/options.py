@@ -50,9 +50,13 @@ def debug_option(function: F) -> F:
 def problem_options(function: F) -> F:
     """What to compute and for which GPU: shared by the verbs that start from a head dim or a model."""
     for option in (
-        click.option("--arch", metavar="ARCH", help="Target, for example sm_90.  [default: the attached GPU's, else sm_121]"),
+        click.option(
+            "--arch", metavar="ARCH", help="Target, for example sm_90.  [default: the attached GPU's, else sm_121]"
+        ),
         click.option("--op", default="decode", show_default=True, metavar="OP", help="decode or dequant."),
-        click.option("--gqa", type=int, metavar="N", help="Query heads per KV head.  [default: usual for the head dim]"),
+        click.option(
+            "--gqa", type=int, metavar="N", help="Query heads per KV head.  [default: usual for the head dim]"
+        ),
         click.option(
             "--kv-cache-dtype",
             "cache_format",
@@ -70,8 +74,7 @@ def problem_options(function: F) -> F:
 
 def read_workload(head_dim: int | None, model: str | None, gqa: int | None) -> Workload:
     """The attention shapes asked for, by head dim or by model. Raises UsageError unless exactly one is given."""
-    from tuner.formats import check_head_dim
-    from tuner.workload import Workload, default_buckets, default_shape, load_model
+    from tuner.workload import default_workload, load_model
 
     if (head_dim is None) == (model is None):
         given = "neither" if head_dim is None else "both"
@@ -81,8 +84,7 @@ def read_workload(head_dim: int | None, model: str | None, gqa: int | None) -> W
             raise UsageError("--gqa does not go with --model: the model's configuration says it")
         return load_model(model)
     assert head_dim is not None
-    shape = default_shape(check_head_dim(head_dim), gqa)
-    return Workload(f"head_dim={head_dim}", ((shape, 1),), default_buckets())
+    return default_workload(head_dim, gqa)
 
 
 def problem_of(shape: Shape, op: str, cache_format: str) -> Problem:

@@ -12,7 +12,12 @@ from tuner.cli.tables import table_paths, tables_argument
 
 @click.command("report", context_settings=CONTEXT_SETTINGS)
 @tables_argument
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write one page with plots instead; it needs no network.")  # fmt: skip
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Write one page with plots instead; it needs no network.",
+)
 @debug_option
 def command(tables: tuple[Path, ...], html: Path | None) -> None:
     """Show dispatch TABLES (files or folders): every bucket's winner against the baselines."""

@@ -12,7 +12,6 @@ from tuner.cli.options import DEFAULT_OUTPUT
 from tuner.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
-TABLE_PATTERN = "turboquant_*.json"
 
 
 def tables_argument(function: F) -> F:
@@ -24,6 +23,8 @@ def table_paths(given: tuple[Path, ...]) -> list[Path]:
 
     Raises UsageError where there are none.
     """
+    from tuner.table.install import TABLE_PATTERN
+
     if not given:
         from tuner.table.store import PACKAGE_TABLES
 

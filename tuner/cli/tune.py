@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tuner.search import TuneRequest, TuneResult
+    from tuner.workload import Workload
 
 MAX_TRIALS = 100_000
 MAX_WORKERS = 1024
@@ -32,23 +33,49 @@ MAX_WORKERS = 1024
 
 @click.command("tune", context_settings=CONTEXT_SETTINGS)
 @problem_options
-@click.option("--warps", type=INT_LIST, metavar="LIST", help="Warps per CTA to try, for example 1,2,4. With --op dequant each count gets a search of its own and a line in a comparison.")  # fmt: skip
-@click.option("--trials", type=int, metavar="N", help="Kernels to try per table.  [default: 160 measured, 96 predicted]")
-@click.option("--timeout", type=float, metavar="SECONDS", help="End the search of a table after this long.  [default: 360 measured, 210 predicted]")  # fmt: skip
+@click.option(
+    "--warps",
+    type=INT_LIST,
+    metavar="LIST",
+    help="Warps per CTA to try, for example 1,2,4. With --op dequant each count gets its own search, and they are compared.",
+)
+@click.option(
+    "--trials", type=int, metavar="N", help="Kernels to try per table.  [default: 160 measured, 96 predicted]"
+)
+@click.option(
+    "--timeout",
+    type=float,
+    metavar="SECONDS",
+    help="End the search of a table after this long.  [default: 360 measured, 210 predicted]",
+)
 @click.option("--workers", type=int, metavar="N", help="Compilations at a time.  [default: one per core]")
 @click.option("--gpus", type=INT_LIST, metavar="LIST", help="GPUs that share the search.  [default: 0]")
-@click.option("--storage", metavar="URL", help="Optuna storage; hosts that name the same one share the search.  [default: SQLite under build/]")  # fmt: skip
-@click.option("--resume/--no-resume", default=True, show_default=True, help="Go on with an earlier search of the same problem.")  # fmt: skip
+@click.option(
+    "--storage",
+    metavar="URL",
+    help="Optuna storage; hosts that name the same one share the search.  [default: SQLite under build/]",
+)
+@click.option(
+    "--resume/--no-resume", default=True, show_default=True, help="Go on with an earlier search of the same problem."
+)
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the search.")
-@click.option("--output", type=click.Path(path_type=Path), default=DEFAULT_OUTPUT, show_default=True, metavar="FOLDER", help="Where tables and cubins go.")  # fmt: skip
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_OUTPUT,
+    show_default=True,
+    metavar="FOLDER",
+    help="Where tables and cubins go.",
+)
 @debug_option
-def command(**options: Any) -> None:
+def command(head_dim: int | None, model: str | None, gqa: int | None, **options: Any) -> None:
     """Tune CUDA kernels for decode attention over a compressed KV cache, and write the dispatch table.
 
     On the attached GPU kernels are compiled, checked and timed. Without one, or with --arch of another GPU, they
     are compiled for that target and their times predicted by a static model; every line says which it was.
     """
-    requests = read_requests(**options)
+    workload = read_workload(head_dim, model, gqa)
+    requests = read_requests(workload, **options)
     helpers = (options["gpus"] or ())[1:]
     output: Path = options["output"]
     ensure_writable(output)
@@ -61,6 +88,10 @@ def command(**options: Any) -> None:
     toolchain.find()
     console = Console()
     results = []
+    for shape, layers in workload.shapes:
+        if shape.sliding:
+            note = f"head dim {shape.head_dim}: {layers} layers with a sliding window keep vLLM's own kernel, not tuned"
+            console.print(note, highlight=False)
     for request in requests:
         console.print(terminal.heading(request), highlight=False)
         if request.problem.op == "dequant" and len(options["warps"] or ()) > 1:
@@ -78,10 +109,8 @@ def command(**options: Any) -> None:
 
 
 def read_requests(
+    workload: Workload,
     *,
-    head_dim: int | None,
-    model: str | None,
-    gqa: int | None,
     op: str,
     cache_format: str,
     arch: str | None,
@@ -95,7 +124,7 @@ def read_requests(
     seed: int,
     output: Path | None,
 ) -> list[TuneRequest]:
-    """One request per distinct problem, everything checked before anything is built. Raises UsageError."""
+    """One request per distinct problem of ``workload``, everything checked before anything is built. Raises UsageError."""
     from tuner.cli.helpers import expect_attached
     from tuner.formats import get_format
     from tuner.search import TuneRequest
@@ -107,12 +136,13 @@ def read_requests(
     if timeout is not None and not timeout > 0:
         raise UsageError(f"--timeout is {timeout:g}: expected more than 0 seconds")
     get_format(cache_format)
-    workload = read_workload(head_dim, model, gqa)
     devices = gpus or (0,)
     target, evidence = read_target(arch, devices[0])
     if gpus:
         expect_attached(target.arch, gpus)
-    shapes = {problem_of(shape, op, cache_format): shape for shape, _ in workload.shapes}
+    shapes = {problem_of(shape, op, cache_format): shape for shape, _ in workload.shapes if not shape.sliding}
+    if not shapes:
+        raise UsageError(f"every layer of {workload.name} has a sliding window, and those keep vLLM's own kernel")
     restrict = {"warps": warps} if warps else {}
     requests = []
     for problem, shape in shapes.items():

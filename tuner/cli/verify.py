@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from tuner.cli.options import CONTEXT_SETTINGS, debug_option
-from tuner.cli.tables import tables_argument, table_paths
+from tuner.cli.tables import table_paths, tables_argument
 from tuner.errors import TunerError
 
 

@@ -22,7 +22,8 @@ figcaption { font-weight: 600; } svg { width: 100%; height: auto; } svg text { f
 svg .grid { stroke: #8884; stroke-width: .6; } svg .x, svg .axis { text-anchor: middle; } svg .y { text-anchor: end; }
 .legend span { margin-right: 1rem; white-space: nowrap; } .legend i { display: inline-block; width: 1.6rem;
   border-top-width: 2.5px; margin-right: .3rem; vertical-align: middle; }
-.predicted { background: #e69f0033; } .measured { background: #009e7333; } .tag { padding: 0 .4rem; border-radius: .3rem; }
+.predicted { background: #e69f0033; } .measured { background: #009e7333; }
+.tag { padding: 0 .4rem; border-radius: .3rem; }
 """
 
 
@@ -86,7 +87,13 @@ def _time_plot(buckets: Sequence[Row], batch: int) -> str:
 
 
 def _figure(
-    title: str, series: Sequence[Series], buckets: Sequence[Row], *, y_label: str, log_y: bool, y_max: float | None = None
+    title: str,
+    series: Sequence[Series],
+    buckets: Sequence[Row],
+    *,
+    y_label: str,
+    log_y: bool,
+    y_max: float | None = None,
 ) -> str:
     if not series:
         return ""
@@ -99,8 +106,20 @@ def _figure(
 
 def _winners(table: Table, buckets: Sequence[Row]) -> str:
     names = kernel_names(table)
-    head = ("batch", "context", "median us", "95% interval", "of limit", "vs Triton shipped", "vs Triton tuned", "vs bf16",
-            "kernel", "splits", "bottleneck", "evidence")  # fmt: skip
+    head = (
+        "batch",
+        "context",
+        "median us",
+        "95% interval",
+        "of limit",
+        "vs Triton shipped",
+        "vs Triton tuned",
+        "vs bf16",
+        "kernel",
+        "splits",
+        "bottleneck",
+        "evidence",
+    )
     body = [
         (
             str(r.batch),
@@ -138,8 +157,10 @@ def _kernels(table: Table) -> str:
 
 def _provenance(table: Table) -> str:
     p = table.provenance
-    known = ((name, getattr(p, name)) for name in
-             ("date", "seed", "nvcc", "torch", "triton", "cupy", "vllm", "optuna", "git_commit", "template_hash"))  # fmt: skip
+    known = (
+        (name, getattr(p, name))
+        for name in ("date", "seed", "nvcc", "torch", "triton", "cupy", "vllm", "optuna", "git_commit", "template_hash")
+    )
     facts = [f"{name.replace('_', ' ')} {value}" for name, value in known if value is not None]
     return f"<p>{escape('; '.join(facts))}</p>"
 

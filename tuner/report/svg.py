@@ -90,9 +90,7 @@ def _line(series: Series, colour: str, x_at: _Scale, y_at: _Scale) -> list[str]:
     ]
 
 
-def _grid(
-    x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[float], x_at: _Scale, y_at: _Scale
-) -> list[str]:
+def _grid(x_ticks: Sequence[tuple[float, str]], y_ticks: Sequence[float], x_at: _Scale, y_at: _Scale) -> list[str]:
     parts = []
     for value, label in x_ticks:
         x = x_at(value)

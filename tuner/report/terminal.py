@@ -10,12 +10,13 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from tuner.report.layouts import LayoutRow
-from tuner.report.rows import rows, summary
+from tuner.report.rows import BF16, SHIPPED, fastest, rows, summary
 from tuner.space import Problem, Space
 from tuner.space.census import Census
 from tuner.table.schema import Table
 
 if TYPE_CHECKING:
+    from tuner.bench import StepRow
     from tuner.doctor import Finding
     from tuner.search import TuneRequest
 
@@ -124,6 +125,33 @@ def layouts(lines: Sequence[LayoutRow]) -> Grid:
             f"{line.shared_bytes / 1024:.1f}",
             f"{line.occupancy:.0%}",
             line.evidence,
+        )
+    return grid
+
+
+def steps(model: str, device: str, lines: Sequence[StepRow]) -> Grid:
+    """Attention time of a decode step over all layers, by concurrency."""
+    layers = lines[0].layers
+    grid = Grid(
+        title=f"{model} on {device}: attention per decode step, {layers} layers, context {tokens(lines[0].context)}",
+        title_justify="left",
+        caption="us, measured; x: times faster than the baseline in the column. The rest of a step is not run.",
+        caption_justify="left",
+    )
+    for name in ("concurrency", "bf16", "Triton", "WPH", "vs bf16", "vs Triton", "of limit"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    grid.add_column("kernels from", no_wrap=True)
+    for line in lines:
+        ours = line.times_us["wph"]
+        bf16, triton = (fastest(line.times_us, names) for names in (BF16, SHIPPED))
+        grid.add_row(
+            str(line.batch),
+            us(bf16),
+            us(triton),
+            us(ours),
+            *(times(None if t is None else t / ours) for t in (bf16, triton)),
+            f"{line.limit_us / ours:.0%}",
+            line.source,
         )
     return grid
 

@@ -1,0 +1,98 @@
+"""Tables where vLLM finds them: what would be installed, installing it, and taking it out again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner.errors import TunerError
+from tuner.table.schema import Table, TableError
+from tuner.table.store import FOLDER_VARIABLE, merge, read, read_cubin, write
+
+TABLE_PATTERN = "turboquant_*.json"
+CUBIN_PATTERN = "sm_*-*.cubin"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One table that will be written. ``source`` it comes from, ``merged`` with one that was already there."""
+
+    source: Path
+    path: Path
+    table: Table
+    cubins: dict[str, bytes]
+    merged: bool
+
+
+def user_folder() -> Path:
+    """The folder of vLLM's own configuration for this user: $VLLM_CONFIG_ROOT, by default ~/.config/vllm."""
+    root = os.environ.get("VLLM_CONFIG_ROOT")
+    if root:
+        return Path(root).expanduser() / "tuned"
+    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(home).expanduser() / "vllm" / "tuned"
+
+
+def install_folder() -> Path:
+    """Where tables are installed: $VLLM_TUNED_CONFIG_FOLDER if that is set, else the user's folder."""
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    return Path(chosen) if chosen else user_folder()
+
+
+def plan(paths: Sequence[Path], folder: Path, *, allow_predicted: bool = False) -> list[Step]:
+    """What installing ``paths`` into ``folder`` would write; reads and verifies everything, writes nothing.
+
+    Raises TunerError for a table that is broken, predicted (unless allowed), or cannot be merged with the one there.
+    """
+    steps = []
+    for path in paths:
+        table = read(path)
+        if table.evidence == "predicted" and not allow_predicted:
+            raise TunerError(
+                f"{path.name} is predicted, never timed on a {table.device.name}: tune on one, or add --allow-predicted"
+            )
+        cubins = {kernel.id: read_cubin(path, table, kernel.id) for kernel in table.kernels}
+        there = folder / table.file_name
+        old = _readable(there)
+        if old is not None:
+            table = merge(old, table)
+            for kernel in table.kernels:
+                if kernel.id not in cubins:
+                    cubins[kernel.id] = read_cubin(there, old, kernel.id)
+        steps.append(Step(path, there, table, cubins, old is not None))
+    return steps
+
+
+def carry_out(steps: Sequence[Step]) -> None:
+    """Writes every table of a plan, each whole or not at all, cubins before the table that names them."""
+    for step in steps:
+        write(step.table, step.path.parent, step.cubins)
+
+
+def installed(folder: Path) -> list[Path]:
+    """Our files in ``folder``: tables first, so that removing in this order never leaves a table without its cubins."""
+    return [*sorted(folder.glob(TABLE_PATTERN)), *sorted((folder / "kernels").glob(CUBIN_PATTERN))]
+
+
+def uninstall(folder: Path) -> list[Path]:
+    """Removes our tables and cubins from ``folder`` and returns them; other files stay. Raises TunerError."""
+    paths = installed(folder)
+    for path in paths:
+        try:
+            path.unlink()
+        except OSError as error:
+            raise TunerError(f"cannot remove {path}: {error.strerror}") from None
+    kernels = folder / "kernels"
+    if kernels.is_dir() and not any(kernels.iterdir()):
+        kernels.rmdir()
+    return paths
+
+
+def _readable(path: Path) -> Table | None:
+    """The table at ``path`` if it is whole; a broken one is as good as none and gets replaced."""
+    try:
+        return read(path)
+    except TableError:
+        return None
