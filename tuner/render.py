@@ -16,6 +16,7 @@ import jinja2
 from tuner import abi, formats
 from tuner.errors import TunerError
 from tuner.space import Config, Space, get_space
+from tuner.space import dequant as dequant_space
 from tuner.space.plan import DecodePlan
 
 _LINE_WIDTH = 120
@@ -167,7 +168,7 @@ def _choices(config: Config, space: Space) -> Axes:
 
 
 def _context(config: Config) -> Mapping[str, Any]:
-    """What a template sees: ``c`` axis values, ``p`` problem, ``layout``, ``params_struct``, decode: ``plan``."""
+    """What a template sees: ``c`` axis values, ``p`` problem, ``layout``, ``params_struct``, ``plan`` or ``shape``."""
     p = config.problem
     context: dict[str, Any] = {
         "config": config,
@@ -178,6 +179,8 @@ def _context(config: Config) -> Mapping[str, Any]:
     }
     if p.op == "decode":
         context["plan"] = DecodePlan(config)
+    else:
+        context["shape"] = dequant_space.shape(config)
     return context
 
 

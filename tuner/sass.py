@@ -1,7 +1,8 @@
 """Facts of a cubin's machine code: what the hot loop issues, without a GPU.
 
 Opcodes and branch targets come from ``nvdisasm -json``; stall counts from the control word in each instruction's
-upper eight bytes (four bits from bit 41 on: cycles until the warp may issue again), read from the ELF file itself.
+upper eight bytes (four bits from bit 41 on: cycles until the warp may issue again). The disassembler takes most of a
+second to start and next to nothing per kernel, so many kernels go through it as one image of raw code.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import re
 import struct
 import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -21,10 +23,12 @@ from typing import Any
 
 from tuner import toolchain
 from tuner.build import Built
+from tuner.cubin import Kernel, read_cubin
 from tuner.errors import TunerError
 
 _VERSION = 1
 """Of what facts.json holds: raise it when the analysis changes."""
+_CACHE = "facts.json"
 _INSTRUCTION_BYTES = 16
 _TIMEOUT_S = 60
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
@@ -63,11 +67,14 @@ class Loop:
 class SassFacts:
     """One kernel of a cubin. ``loops`` are innermost first, larger ones first within a depth.
 
-    ``opcodes`` are complete, with modifiers (``LDG.E.128``); counts are static, each instruction once.
+    ``opcodes`` are complete, with modifiers (``LDG.E.128``); counts are static, each instruction once. ``registers``
+    and ``shared_bytes`` (static) are what the cubin asks for.
     """
 
     kernel: str
     arch: str
+    registers: int
+    shared_bytes: int
     instructions: int
     stall_cycles: int
     opcodes: Mapping[str, int]
@@ -83,19 +90,8 @@ class _Instruction:
     falls_through: bool
 
 
-def _elf_section(image: bytes, name: str) -> bytes:
-    """A section of a 64-bit little-endian ELF image; raises TunerError where there is none of that name."""
-    table, size, number, names = struct.unpack_from("<Q", image, 40) + struct.unpack_from("<3H", image, 58)
-    headers = [struct.unpack_from("<IIQQQQ", image, table + i * size) for i in range(number)]
-    strings = headers[names][4]
-    for header in headers:
-        start = strings + header[0]
-        if image[start : image.index(b"\0", start)].decode() == name:
-            return image[header[4] : header[4] + header[5]]
-    raise TunerError(f"no section {name}")
-
-
-def _decode(listing: list[dict[str, Any]], code: bytes) -> list[_Instruction]:
+def _decode(listing: list[dict[str, Any]], code: bytes, base_address: int) -> list[_Instruction]:
+    """Instructions of one kernel that stands at ``base_address`` of the disassembled image."""
     instructions = []
     for i, item in enumerate(listing):
         (control,) = struct.unpack_from("<Q", code, i * _INSTRUCTION_BYTES + 8)
@@ -105,7 +101,7 @@ def _decode(listing: list[dict[str, Any]], code: bytes) -> list[_Instruction]:
         # A branch may depend on a guard before the opcode or on a predicate among its operands.
         always = item.get("predicate", "@PT") == "@PT" and "," not in operands
         ends = always and base in ("BRA", "EXIT", "RET", "BRX", "JMX", "JMP")
-        target = int(address[1], 16) // _INSTRUCTION_BYTES if address else None
+        target = (int(address[1], 16) - base_address) // _INSTRUCTION_BYTES if address else None
         instructions.append(_Instruction(opcode, max(1, control >> 41 & 15), target, not ends))
     while instructions and instructions[-1].opcode == "NOP":
         instructions.pop()
@@ -205,43 +201,73 @@ def _histogram(code: Iterable[_Instruction]) -> dict[str, int]:
     return dict(sorted(Counter(i.opcode for i in code).items()))
 
 
-def disassemble(cubin: Path, kernel: str | None = None) -> SassFacts:
-    """Facts of ``kernel`` (default: the largest) of any cubin, whoever compiled it.
+def _listing(code: bytes, arch: str) -> list[dict[str, Any]]:
+    """nvdisasm's account of raw machine code, one item per instruction."""
+    with tempfile.NamedTemporaryFile(prefix="sass-", suffix=".bin") as file:
+        file.write(code)
+        file.flush()
+        model = arch.replace("sm_", "SM")
+        command = [str(toolchain.find_nvdisasm([arch])), "-json", "-ndf", "-b", model, file.name]
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, check=True)
+            listing: list[dict[str, Any]] = json.loads(done.stdout)[1][0]["sass-instructions"]
+        except subprocess.CalledProcessError as e:
+            raise TunerError(f"nvdisasm fails on {arch} code: {e.stderr.decode(errors='replace').strip()}") from None
+        except (OSError, subprocess.TimeoutExpired, ValueError, LookupError) as e:
+            raise TunerError(f"nvdisasm fails on {arch} code: {e}") from None
+    if len(listing) * _INSTRUCTION_BYTES != len(code):
+        raise TunerError(f"nvdisasm lists {len(listing)} instructions, expected {len(code) // _INSTRUCTION_BYTES}")
+    return listing
+
+
+def disassemble(cubins: Iterable[tuple[Path, str | None]]) -> list[SassFacts]:
+    """Facts of one kernel (None: the largest) of each cubin, whoever compiled it, in the given order.
 
     Raises ToolchainError without a disassembler, TunerError for a file that is no cubin or lacks the kernel.
     """
-    command = [str(toolchain.find_nvdisasm()), "-json", str(cubin)]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, check=True)
-        header, functions = json.loads(done.stdout)
-        version = header["SM"]["version"]
-        image = cubin.read_bytes()
-    except subprocess.CalledProcessError as e:
-        raise TunerError(f"nvdisasm cannot read {cubin}: {e.stderr.decode(errors='replace').strip()}") from None
-    except (OSError, subprocess.TimeoutExpired, ValueError, LookupError, TypeError) as e:
-        raise TunerError(f"nvdisasm cannot read {cubin}: {e}") from None
-    by_name = {f["function-name"]: f for f in functions}
-    if kernel is None and by_name:
-        kernel = max(by_name, key=lambda n: by_name[n]["length"])
-    if kernel is None or kernel not in by_name:
-        raise TunerError(f"no kernel {kernel or ''} in {cubin}: it has {', '.join(by_name) or 'none'}")
-    code = _decode(by_name[kernel]["sass-instructions"], _elf_section(image, f".text.{kernel}"))
-    arch = f"sm_{version['major']}{version['minor']}"
-    return SassFacts(kernel, arch, len(code), sum(i.stall for i in code), _histogram(code), _loops(code))
+    by_arch: dict[str, list[tuple[int, Kernel]]] = {}
+    for place, (path, name) in enumerate(cubins):
+        cubin = read_cubin(path)
+        by_arch.setdefault(cubin.arch, []).append((place, cubin.kernel(name)))
+    found: dict[int, SassFacts] = {}
+    for arch, kernels in by_arch.items():
+        listing = _listing(b"".join(k.code for _, k in kernels), arch)
+        at = 0
+        for place, kernel in kernels:
+            size = len(kernel.code) // _INSTRUCTION_BYTES
+            code = _decode(listing[at : at + size], kernel.code, at * _INSTRUCTION_BYTES)
+            at += size
+            found[place] = SassFacts(
+                kernel.name, arch, kernel.registers, kernel.shared_bytes, len(code), sum(i.stall for i in code),
+                _histogram(code), _loops(code),
+            )  # fmt: skip
+    return [found[i] for i in sorted(found)]
 
 
-def facts(built: Built) -> SassFacts:
-    """Facts of a build's main kernel, kept in ``facts.json`` beside the cubin."""
-    cache = built.cubin.with_name("facts.json")
+def _cached(built: Built) -> SassFacts | None:
     try:
-        stored = json.loads(cache.read_text())
+        stored = json.loads(built.cubin.with_name(_CACHE).read_text())
         if stored.pop("version") == _VERSION and stored.pop("cubin_sha256") == built.cubin_sha256:
             return SassFacts(**(stored | {"loops": tuple(Loop(**loop) for loop in stored["loops"])}))
     except (OSError, ValueError, LookupError, TypeError):
         pass
-    found = disassemble(built.cubin, built.entry)
-    text = json.dumps({"version": _VERSION, "cubin_sha256": built.cubin_sha256} | asdict(found))
-    unfinished = cache.with_name(f"facts.{os.getpid()}.tmp")
-    unfinished.write_text(text)
-    unfinished.replace(cache)
-    return found
+    return None
+
+
+def facts_of(builts: Iterable[Built]) -> list[SassFacts]:
+    """Facts of each build's main kernel, kept in ``facts.json`` beside the cubin; unknown ones are found together."""
+    builts = list(builts)
+    found = {b.cubin: facts for b in builts if (facts := _cached(b))}
+    missing = list({b.cubin: b for b in builts if b.cubin not in found}.values())
+    for built, facts in zip(missing, disassemble((b.cubin, b.entry) for b in missing), strict=True):
+        text = json.dumps({"version": _VERSION, "cubin_sha256": built.cubin_sha256} | asdict(facts))
+        unfinished = built.cubin.with_name(f"{_CACHE}.{os.getpid()}")
+        unfinished.write_text(text)
+        unfinished.replace(built.cubin.with_name(_CACHE))
+        found[built.cubin] = facts
+    return [found[b.cubin] for b in builts]
+
+
+def facts(built: Built) -> SassFacts:
+    """Facts of one build's main kernel; for many, facts_of() is a great deal faster."""
+    return facts_of([built])[0]
