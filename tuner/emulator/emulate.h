@@ -1,0 +1,237 @@
+// Device primitives for the CPU: the names of templates/parts/ptx.cuh.j2 in portable C++17, and the CUDA words that a
+// kernel uses. A kernel's lanes are fibers; a collective parks a lane until its fellows are there. `line` arguments
+// are filled in by the compiler, for messages. No standard headers: every kernel pays for what stands here.
+#pragma once
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__
+#define __constant__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+#define WPH_DEVICE inline
+#define WPH_LINE int line = __builtin_LINE()
+#ifndef INFINITY
+#define INFINITY __builtin_inff()
+#endif
+
+// --- CUDA's types and functions -----------------------------------------------------------------------------------
+#define WPH_VECTOR(T, name)                                                                                \
+    struct __align__(2 * sizeof(T)) name##2 { T x, y; };                                                   \
+    struct name##3 { T x, y, z; };                                                                         \
+    struct __align__(sizeof(T) < 4 ? 4 * sizeof(T) : 16) name##4 { T x, y, z, w; };                        \
+    inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                             \
+    inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+WPH_VECTOR(float, float)
+WPH_VECTOR(int, int)
+WPH_VECTOR(unsigned, uint)
+WPH_VECTOR(unsigned short, ushort)
+WPH_VECTOR(unsigned char, uchar)
+#undef WPH_VECTOR
+struct dim3 { unsigned x, y, z; };
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+extern "C" {
+float fabsf(float) noexcept;
+float sqrtf(float) noexcept;
+float expf(float) noexcept;
+float exp2f(float) noexcept;
+float logf(float) noexcept;
+float log2f(float) noexcept;
+float floorf(float) noexcept;
+float ceilf(float) noexcept;
+float rintf(float) noexcept;
+float fmaf(float, float, float) noexcept;
+float fmaxf(float, float) noexcept;
+float fminf(float, float) noexcept;
+}
+inline float rsqrtf(float v) { return 1.0f / sqrtf(v); }
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
+inline unsigned min(int a, unsigned b) { return min(static_cast<unsigned>(a), b); }
+inline unsigned max(int a, unsigned b) { return max(static_cast<unsigned>(a), b); }
+inline unsigned min(unsigned a, int b) { return min(a, static_cast<unsigned>(b)); }
+inline unsigned max(unsigned a, int b) { return max(a, static_cast<unsigned>(b)); }
+inline long long min(long long a, long long b) { return a < b ? a : b; }
+inline long long max(long long a, long long b) { return a > b ? a : b; }
+inline float min(float a, float b) { return fminf(a, b); }
+inline float max(float a, float b) { return fmaxf(a, b); }
+
+// --- the run time -------------------------------------------------------------------------------------------------
+namespace wph {
+enum class Shuffle { exclusive_or, lane, up };
+unsigned shuffle_word(Shuffle kind, unsigned v, int operand, const char *name, int line);
+unsigned ballot(bool v, const char *name, int line);
+void sync_warp(int line);
+void sync_threads(int id, int threads, const char *name, int line);
+void yield_lane();
+void mma(float *c, const unsigned (&ab)[6], int line);
+unsigned transpose(unsigned v, int line);
+unsigned shared_offset(const void *p, int line);
+void copy_async(void *shared, const void *global, int bytes, int valid, int line);
+void copy_commit();
+void copy_wait(int pending);
+void barrier_init(unsigned long long *bar, int arrivals, int line);
+void barrier_arrive(unsigned long long *bar, int bytes, const char *name, int line);
+void barrier_wait(unsigned long long *bar, int parity, int line);
+void copy_bulk(void *shared, const void *global, int bytes, unsigned long long *bar, int line);
+float half_value(unsigned short v);
+unsigned short half_bits(double v);
+unsigned short bfloat_bits(float v);
+unsigned short half_from_e4m3(unsigned char v);
+enum class Half2 { add, subtract, multiply, fma };
+unsigned half2_arithmetic(Half2 kind, unsigned a, unsigned b, unsigned c);
+
+// A kernel of the source, by name: how main() calls it with a parameter structure whose type only the source knows.
+struct Entry {
+    const char *name;
+    unsigned long long params_bytes;
+    void (*kernel)();
+    void (*call)(void (*)(), const void *);
+    const Entry *next;
+    static const Entry *first;
+
+    template <typename P>
+    Entry(const char *n, void (*k)(P))
+        : name(n), params_bytes(sizeof(P)), kernel(reinterpret_cast<void (*)()>(k)), call(invoke<P>), next(first) {
+        first = this;
+    }
+    template <typename P>
+    static void invoke(void (*k)(), const void *params) {
+        reinterpret_cast<void (*)(P)>(k)(*static_cast<const P *>(params));
+    }
+};
+}  // namespace wph
+#define WPH_ENTRY(name) static const wph::Entry wph_entry_##name(#name, name);
+
+// --- bits ---------------------------------------------------------------------------------------------------------
+WPH_DEVICE float bits_to_float(unsigned v) {
+    float d;
+    __builtin_memcpy(&d, &v, 4);
+    return d;
+}
+WPH_DEVICE unsigned float_to_bits(float v) {
+    unsigned d;
+    __builtin_memcpy(&d, &v, 4);
+    return d;
+}
+WPH_DEVICE unsigned prmt(unsigned a, unsigned b, unsigned selector) {
+    const unsigned long long bytes = static_cast<unsigned long long>(b) << 32 | a;
+    unsigned d = 0;
+    for (int i = 0; i < 4; ++i) {
+        const unsigned nibble = selector >> (4 * i) & 15u;
+        unsigned byte = static_cast<unsigned>(bytes >> (8 * (nibble & 7u))) & 0xffu;
+        if (nibble & 8u) byte = byte & 0x80u ? 0xffu : 0u;
+        d |= byte << (8 * i);
+    }
+    return d;
+}
+WPH_DEVICE unsigned funnel_right(unsigned lo, unsigned hi, int shift) {
+    return static_cast<unsigned>((static_cast<unsigned long long>(hi) << 32 | lo) >> (shift & 31));
+}
+
+// --- warp and CTA -------------------------------------------------------------------------------------------------
+WPH_DEVICE float shuffle_xor(float v, int mask, WPH_LINE) {
+    return bits_to_float(wph::shuffle_word(wph::Shuffle::exclusive_or, float_to_bits(v), mask, "shuffle_xor", line));
+}
+WPH_DEVICE unsigned shuffle_xor(unsigned v, int mask, WPH_LINE) {
+    return wph::shuffle_word(wph::Shuffle::exclusive_or, v, mask, "shuffle_xor", line);
+}
+WPH_DEVICE int shuffle_xor(int v, int mask, WPH_LINE) {
+    return static_cast<int>(
+        wph::shuffle_word(wph::Shuffle::exclusive_or, static_cast<unsigned>(v), mask, "shuffle_xor", line));
+}
+WPH_DEVICE float shuffle(float v, int lane, WPH_LINE) {
+    return bits_to_float(wph::shuffle_word(wph::Shuffle::lane, float_to_bits(v), lane, "shuffle", line));
+}
+WPH_DEVICE unsigned shuffle(unsigned v, int lane, WPH_LINE) {
+    return wph::shuffle_word(wph::Shuffle::lane, v, lane, "shuffle", line);
+}
+WPH_DEVICE int shuffle(int v, int lane, WPH_LINE) {
+    return static_cast<int>(wph::shuffle_word(wph::Shuffle::lane, static_cast<unsigned>(v), lane, "shuffle", line));
+}
+WPH_DEVICE int shuffle_up(int v, int delta, WPH_LINE) {
+    return static_cast<int>(wph::shuffle_word(wph::Shuffle::up, static_cast<unsigned>(v), delta, "shuffle_up", line));
+}
+WPH_DEVICE bool vote_any(bool v, WPH_LINE) { return wph::ballot(v, "vote_any", line) != 0; }
+WPH_DEVICE unsigned vote_ballot(bool v, WPH_LINE) { return wph::ballot(v, "vote_ballot", line); }
+WPH_DEVICE void sync_warp(WPH_LINE) { wph::sync_warp(line); }
+WPH_DEVICE void sync_cta(WPH_LINE) { wph::sync_threads(0, 0, "sync_cta", line); }
+WPH_DEVICE void sync_named(int id, int threads, WPH_LINE) { wph::sync_threads(id, threads, "sync_named", line); }
+WPH_DEVICE void fence_gpu() { wph::yield_lane(); }
+WPH_DEVICE int atomic_add(int *p, int v) {
+    wph::yield_lane();
+    const int old = *p;
+    *p = static_cast<int>(static_cast<unsigned>(old) + static_cast<unsigned>(v));
+    return old;
+}
+
+// --- fp16, bf16, fp8 ----------------------------------------------------------------------------------------------
+WPH_DEVICE float half_to_float(unsigned short v) { return wph::half_value(v); }
+WPH_DEVICE unsigned short float_to_half(float v) { return wph::half_bits(v); }
+WPH_DEVICE float bf16_to_float(unsigned short v) { return bits_to_float(static_cast<unsigned>(v) << 16); }
+WPH_DEVICE unsigned short float_to_bf16(float v) { return wph::bfloat_bits(v); }
+WPH_DEVICE unsigned bf2_pack(float lo, float hi) {
+    return static_cast<unsigned>(wph::bfloat_bits(hi)) << 16 | wph::bfloat_bits(lo);
+}
+WPH_DEVICE unsigned h2_pack(float lo, float hi) {
+    return static_cast<unsigned>(wph::half_bits(hi)) << 16 | wph::half_bits(lo);
+}
+WPH_DEVICE float h2_low(unsigned v) { return wph::half_value(static_cast<unsigned short>(v & 0xffffu)); }
+WPH_DEVICE float h2_high(unsigned v) { return wph::half_value(static_cast<unsigned short>(v >> 16)); }
+WPH_DEVICE unsigned h2_add(unsigned a, unsigned b) { return wph::half2_arithmetic(wph::Half2::add, a, b, 0); }
+WPH_DEVICE unsigned h2_sub(unsigned a, unsigned b) { return wph::half2_arithmetic(wph::Half2::subtract, a, b, 0); }
+WPH_DEVICE unsigned h2_mul(unsigned a, unsigned b) { return wph::half2_arithmetic(wph::Half2::multiply, a, b, 0); }
+WPH_DEVICE unsigned h2_fma(unsigned a, unsigned b, unsigned c) {
+    return wph::half2_arithmetic(wph::Half2::fma, a, b, c);
+}
+WPH_DEVICE unsigned h2_from_e4m3(unsigned short v) {
+    return static_cast<unsigned>(wph::half_from_e4m3(static_cast<unsigned char>(v >> 8))) << 16 |
+           wph::half_from_e4m3(static_cast<unsigned char>(v & 0xffu));
+}
+// Results below the normal range become zero; inputs there count as zero.
+WPH_DEVICE float ex2(float v) {
+    const float d = exp2f(v);
+    return d < 0x1p-126f ? 0.0f : d;
+}
+
+// --- matrix -------------------------------------------------------------------------------------------------------
+WPH_DEVICE void mma_16816(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1,
+                          WPH_LINE) {
+    wph::mma(c, {a0, a1, a2, a3, b0, b1}, line);
+}
+WPH_DEVICE unsigned movmatrix(unsigned v, WPH_LINE) { return wph::transpose(v, line); }
+
+// --- memory -------------------------------------------------------------------------------------------------------
+template <typename T>
+WPH_DEVICE T load_global(const void *p) { return *static_cast<const T *>(p); }
+WPH_DEVICE float load_l2(const float *p) { return *p; }
+WPH_DEVICE unsigned shared_address(const void *p, WPH_LINE) { return wph::shared_offset(p, line); }
+template <int BYTES>
+WPH_DEVICE void cp_async(void *shared, const void *global, int valid, WPH_LINE) {
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+    wph::copy_async(shared, global, BYTES, valid, line);
+}
+WPH_DEVICE void cp_async_commit() { wph::copy_commit(); }
+template <int PENDING>
+WPH_DEVICE void cp_async_wait() { wph::copy_wait(PENDING); }
+WPH_DEVICE void mbarrier_init(unsigned long long *bar, int arrivals, WPH_LINE) {
+    wph::barrier_init(bar, arrivals, line);
+}
+WPH_DEVICE void mbarrier_fence_init() {}
+WPH_DEVICE void mbarrier_arrive_expect(unsigned long long *bar, int bytes, WPH_LINE) {
+    wph::barrier_arrive(bar, bytes, "mbarrier_arrive_expect", line);
+}
+WPH_DEVICE void mbarrier_arrive(unsigned long long *bar, WPH_LINE) {
+    wph::barrier_arrive(bar, 0, "mbarrier_arrive", line);
+}
+WPH_DEVICE void mbarrier_wait(unsigned long long *bar, int parity, WPH_LINE) { wph::barrier_wait(bar, parity, line); }
+WPH_DEVICE void bulk_copy(void *shared, const void *global, int bytes, unsigned long long *bar, WPH_LINE) {
+    wph::copy_bulk(shared, global, bytes, bar, line);
+}

@@ -1,0 +1,179 @@
+// Shared memory, asynchronous copies and their barriers. A copy reads its source and writes its destination as late as
+// it may; until then the destination holds poison.
+#include <sanitizer/asan_interface.h>
+
+#include <cstdio>
+#include <cstring>
+
+#include "runtime.h"
+
+extern "C" {
+// The kernel's shared memory starts kSharedGuard bytes in (the linker's --defsym); nothing around it may be touched.
+alignas(1024) unsigned char wph_arena[16384 + 256 * 1024 + 16384];
+}
+
+namespace wph {
+namespace {
+
+constexpr std::size_t kSharedGuard = 16384;
+constexpr std::uint64_t kBarrierTag = 0x6d62617272696572u;  // stands in memory where an mbarrier is
+
+unsigned shared_bytes = 0;
+
+bool multiple(const void *p, std::size_t alignment) { return reinterpret_cast<std::uintptr_t>(p) % alignment == 0; }
+
+void perform(const AsyncCopy &copy) {
+    check_global(copy.source, static_cast<std::size_t>(copy.valid), 1, "an asynchronous copy's source", copy.line);
+    std::memcpy(copy.destination, copy.source, static_cast<std::size_t>(copy.valid));
+    std::memset(copy.destination + copy.valid, 0, static_cast<std::size_t>(copy.bytes - copy.valid));
+}
+
+PhaseBarrier &find_barrier(Cta &cta, const std::uint64_t *bar, const char *what, int line) {
+    check_shared(bar, 8, 8, what, line);
+    for (PhaseBarrier &barrier : cta.phases) {
+        if (barrier.address != bar) continue;
+        if (*bar != kBarrierTag) fail(line, "%s: the mbarrier was overwritten", what);
+        return barrier;
+    }
+    fail(line, "%s: no mbarrier was initialised there", what);
+}
+
+// Ends the phase when all arrivals and bytes are there.
+bool advance(PhaseBarrier &barrier) {
+    if (barrier.pending || barrier.bytes) return false;
+    barrier.pending = barrier.arrivals;
+    ++barrier.phase;
+    const bool woke = !barrier.waiting.empty();
+    for (Lane *lane : barrier.waiting) wake(*lane);
+    barrier.waiting.clear();
+    return woke;
+}
+
+}  // namespace
+
+unsigned char *shared_begin() { return wph_arena + kSharedGuard; }
+unsigned shared_size() { return shared_bytes; }
+
+void set_shared_size(unsigned bytes) {
+    shared_bytes = bytes;
+    __asan_unpoison_memory_region(wph_arena, sizeof wph_arena);
+    __asan_poison_memory_region(wph_arena, kSharedGuard);
+    __asan_poison_memory_region(shared_begin() + bytes, sizeof wph_arena - kSharedGuard - bytes);
+}
+
+void check_shared(const void *p, std::size_t bytes, std::size_t alignment, const char *what, int line) {
+    const unsigned char *begin = shared_begin();
+    const auto *address = static_cast<const unsigned char *>(p);
+    if (address < begin || address + bytes > begin + shared_bytes) {
+        fail(line, "%s: %zu bytes at shared memory's byte %td, expected within its %u bytes", what, bytes,
+             address - begin, shared_bytes);
+    }
+    if (!multiple(p, alignment)) {
+        fail(line, "%s: misaligned: shared memory's byte %td, expected a multiple of %zu", what, address - begin,
+             alignment);
+    }
+}
+
+void check_global(const void *p, std::size_t bytes, std::size_t alignment, const char *what, int line) {
+    if (!multiple(p, alignment)) fail(line, "%s: misaligned: %p, expected a multiple of %zu", what, p, alignment);
+    void *bad = bytes ? __asan_region_is_poisoned(const_cast<void *>(p), bytes) : nullptr;
+    if (bad) {
+        int frame = line;
+        std::fprintf(stderr, "wph-emulate: line %d: %s\n", line, what);
+        __asan_report_error(__builtin_return_address(0), __builtin_frame_address(0), &frame, bad, 0, bytes);
+    }
+}
+
+unsigned shared_offset(const void *p, int line) {
+    check_shared(p, 0, 1, "shared_address", line);
+    return static_cast<unsigned>(static_cast<const unsigned char *>(p) - shared_begin());
+}
+
+void copy_async(void *shared, const void *global, int bytes, int valid, int line) {
+    const auto size = static_cast<std::size_t>(bytes);
+    if (valid < 0 || valid > bytes) fail(line, "cp_async: %d valid bytes, expected 0 to %d", valid, bytes);
+    check_shared(shared, size, size, "cp_async's destination", line);
+    check_global(global, static_cast<std::size_t>(valid), size, "cp_async's source", line);
+    auto *destination = static_cast<unsigned char *>(shared);
+    std::memset(destination, kPoison, size);
+    current->copies.push_back({destination, static_cast<const unsigned char *>(global), bytes, valid, line});
+}
+
+void copy_commit() { current->groups.push_back(current->copies.size()); }
+
+void copy_wait(int pending) {
+    Lane &lane = *current;
+    if (lane.groups.size() <= static_cast<std::size_t>(pending)) return;
+    const std::size_t done = lane.groups.size() - static_cast<std::size_t>(pending);
+    const std::size_t copies = lane.groups[done - 1];
+    for (std::size_t i = 0; i < copies; ++i) perform(lane.copies[i]);
+    lane.copies.erase(lane.copies.begin(), lane.copies.begin() + static_cast<std::ptrdiff_t>(copies));
+    lane.groups.erase(lane.groups.begin(), lane.groups.begin() + static_cast<std::ptrdiff_t>(done));
+    for (std::size_t &end : lane.groups) end -= copies;
+}
+
+void barrier_init(unsigned long long *bar, int arrivals, int line) {
+    auto *address = reinterpret_cast<std::uint64_t *>(bar);
+    check_shared(bar, 8, 8, "mbarrier_init", line);
+    if (arrivals < 1 || arrivals >= 1 << 20) fail(line, "mbarrier_init: %d arrivals, expected 1 to 1048575", arrivals);
+    Cta &cta = *current->warp->cta;
+    for (PhaseBarrier &barrier : cta.phases) {
+        if (barrier.address == address) fail(line, "mbarrier_init: the mbarrier is initialised already");
+    }
+    cta.phases.push_back({address, arrivals, arrivals, 0, 0, {}});
+    std::memcpy(address, &kBarrierTag, sizeof kBarrierTag);
+}
+
+void barrier_arrive(unsigned long long *bar, int bytes, const char *name, int line) {
+    if (bytes < 0 || bytes >= 1 << 20) fail(line, "%s: %d bytes, expected 0 to 1048575", name, bytes);
+    PhaseBarrier &barrier = find_barrier(*current->warp->cta, reinterpret_cast<std::uint64_t *>(bar), name, line);
+    if (barrier.pending == 0) {
+        fail(line, "%s: more arrivals than the %d that mbarrier_init named, its bytes are not there yet", name,
+             barrier.arrivals);
+    }
+    barrier.bytes += bytes;
+    --barrier.pending;
+    advance(barrier);
+}
+
+void barrier_wait(unsigned long long *bar, int parity, int line) {
+    if (parity != 0 && parity != 1) fail(line, "mbarrier_wait: parity %d, expected 0 or 1", parity);
+    PhaseBarrier &barrier =
+        find_barrier(*current->warp->cta, reinterpret_cast<std::uint64_t *>(bar), "mbarrier_wait", line);
+    if (static_cast<int>(barrier.phase & 1u) != parity) return;
+    barrier.waiting.push_back(current);
+    park("mbarrier_wait", line);
+}
+
+void copy_bulk(void *shared, const void *global, int bytes, unsigned long long *bar, int line) {
+    if (bytes <= 0 || bytes % 16) fail(line, "bulk_copy: %d bytes, expected a positive multiple of 16", bytes);
+    const auto size = static_cast<std::size_t>(bytes);
+    check_shared(shared, size, 16, "bulk_copy's destination", line);
+    check_global(global, size, 16, "bulk_copy's source", line);
+    Cta &cta = *current->warp->cta;
+    auto *address = reinterpret_cast<std::uint64_t *>(bar);
+    find_barrier(cta, address, "bulk_copy", line);
+    auto *destination = static_cast<unsigned char *>(shared);
+    std::memset(destination, kPoison, size);
+    cta.bulk.push_back({{destination, static_cast<const unsigned char *>(global), bytes, bytes, line}, address});
+}
+
+bool deliver_bulk(Cta &cta) {
+    for (std::size_t i = 0; i < cta.phases.size(); ++i) {
+        PhaseBarrier &barrier = cta.phases[i];
+        if (barrier.waiting.empty()) continue;
+        std::vector<BulkCopy> mine, others;
+        for (const BulkCopy &bulk : cta.bulk) (bulk.barrier == barrier.address ? mine : others).push_back(bulk);
+        if (mine.empty()) continue;
+        cta.bulk.swap(others);
+        for (const BulkCopy &bulk : mine) {
+            perform(bulk.copy);
+            barrier.bytes -= bulk.copy.bytes;
+        }
+        advance(barrier);
+        return true;
+    }
+    return false;
+}
+
+}  // namespace wph

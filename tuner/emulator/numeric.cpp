@@ -1,0 +1,88 @@
+// Number formats and half arithmetic in software: one rounding to nearest even, NaN becomes the GPU's 0x7fff.
+#include <cmath>
+#include <cstdint>
+
+#include "runtime.h"
+
+namespace wph {
+namespace {
+
+// Every half as a float, computed once: mma alone needs 384 per call.
+struct HalfTable {
+    float value[65536];
+    HalfTable() {
+        for (unsigned v = 0; v < 65536; ++v) {
+            const int exponent = static_cast<int>(v >> 10 & 31u);
+            const int mantissa = static_cast<int>(v & 1023u);
+            float f;
+            if (exponent == 31) {
+                f = mantissa ? NAN : INFINITY;
+            } else if (exponent == 0) {
+                f = std::ldexp(static_cast<float>(mantissa), -24);
+            } else {
+                f = std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
+            }
+            value[v] = v & 0x8000u ? -f : f;
+        }
+    }
+};
+const HalfTable &halves() {
+    static const HalfTable table;
+    return table;
+}
+
+}  // namespace
+
+float half_value(unsigned short v) {
+    static const HalfTable &table = halves();
+    return table.value[v];
+}
+
+unsigned short half_bits(double v) {
+    if (v != v) return 0x7fffu;
+    const unsigned sign = std::signbit(v) ? 0x8000u : 0u;
+    const double magnitude = std::fabs(v);
+    if (magnitude >= 65520.0) return static_cast<unsigned short>(sign | 0x7c00u);
+    if (magnitude < 0x1p-14) {  // multiples of 2^-24; a carry into the first normal number comes out right
+        return static_cast<unsigned short>(sign + static_cast<unsigned>(std::nearbyint(magnitude * 0x1p24)));
+    }
+    int exponent;
+    const double fraction = std::frexp(magnitude, &exponent);  // [0.5, 1), so magnitude = 2^(exponent - 1) * 1.m
+    const unsigned mantissa = static_cast<unsigned>(std::nearbyint(fraction * 2048.0));
+    return static_cast<unsigned short>(sign + (static_cast<unsigned>(exponent + 13) << 10) + mantissa);
+}
+
+unsigned short bfloat_bits(float v) {
+    if (v != v) return 0x7fffu;
+    const unsigned bits = float_to_bits(v);
+    return static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+unsigned short half_from_e4m3(unsigned char v) {
+    if ((v & 0x7fu) == 0x7fu) return 0x7fffu;
+    const int exponent = v >> 3 & 15;
+    const int mantissa = v & 7;
+    const double magnitude = exponent ? std::ldexp(8.0 + mantissa, exponent - 10) : std::ldexp(1.0 * mantissa, -9);
+    return half_bits(v & 0x80u ? -magnitude : magnitude);
+}
+
+unsigned half2_arithmetic(Half2 kind, unsigned a, unsigned b, unsigned c) {
+    unsigned word = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const auto half = [shift](unsigned w) -> double {
+            return half_value(static_cast<unsigned short>(w >> shift & 0xffffu));
+        };
+        // A product has 22 bits and a sum of halves 41: exact in double. So is any fma whose result is finite.
+        double d = 0;
+        switch (kind) {
+            case Half2::add: d = half(a) + half(b); break;
+            case Half2::subtract: d = half(a) - half(b); break;
+            case Half2::multiply: d = half(a) * half(b); break;
+            case Half2::fma: d = half(a) * half(b) + half(c); break;
+        }
+        word |= static_cast<unsigned>(half_bits(d)) << shift;
+    }
+    return word;
+}
+
+}  // namespace wph

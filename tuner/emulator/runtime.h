@@ -1,0 +1,124 @@
+// The emulator's own declarations: CTAs, warps and lanes, and what its files need from each other.
+#pragma once
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "emulate.h"
+
+namespace wph {
+
+constexpr unsigned kLanes = 32;
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr std::size_t kStackBytes = 256 * 1024;
+constexpr std::size_t kSharedLimit = 227 * 1024;
+constexpr unsigned char kPoison = 0xff;  // NaN in fp16, bf16 and fp32, -1 as an index
+
+struct Cta;
+struct Warp;
+
+struct AsyncCopy {
+    unsigned char *destination;
+    const unsigned char *source;
+    int bytes, valid, line;
+};
+
+struct Lane {
+    Warp *warp = nullptr;
+    unsigned index = 0;   // within the warp
+    unsigned thread = 0;  // within the CTA
+    bool started = false;
+    unsigned char *stack = nullptr;
+    void *fake_stack = nullptr;  // belongs to AddressSanitizer
+    jmp_buf context;
+    ucontext_t first_context;
+    const char *waits_at = nullptr;  // what the lane is parked in, and the line of the kernel
+    int line = 0;
+    std::vector<AsyncCopy> copies;    // in the order of issue
+    std::vector<std::size_t> groups;  // for each committed group, copies.size() at its commit
+};
+
+struct Warp {
+    Cta *cta = nullptr;
+    unsigned index = 0;
+    unsigned ready = 0, arrived = 0, exited = 0;  // lane masks
+    const char *collective = nullptr;             // what the arrived lanes wait at
+    int line = 0;
+    std::uint64_t priority = 0;
+    std::uint32_t in[kLanes][10];
+    std::uint32_t out[kLanes][4];
+    Lane lanes[kLanes];
+};
+
+struct NamedBarrier {
+    int threads = 0, arrived = 0, line = 0;
+    std::vector<Warp *> waiting;
+};
+
+struct BulkCopy {
+    AsyncCopy copy;
+    std::uint64_t *barrier;
+};
+
+struct PhaseBarrier {
+    std::uint64_t *address;
+    int arrivals;        // expected in each phase
+    int pending;         // of the current phase
+    long long bytes;     // expected minus copied in the current phase
+    unsigned phase;      // number of completed phases
+    std::vector<Lane *> waiting;
+};
+
+struct Cta {
+    bool live = false;
+    uint3 index{};
+    unsigned lanes_left = 0;
+    std::vector<Warp> warps;
+    NamedBarrier barriers[16];
+    std::vector<PhaseBarrier> phases;
+    std::vector<BulkCopy> bulk;
+    std::vector<unsigned char> shared;  // its shared memory while another CTA has the arena
+};
+
+// What Python reads after the child has died: where it was.
+struct Status {
+    std::int32_t launch, cta[3], thread, done;
+};
+
+struct LaunchPlan {
+    const Entry *entry;
+    const void *params;
+    dim3 grid;
+    unsigned block, shared_bytes, concurrent_ctas;
+    std::uint64_t seed;
+};
+
+extern Status *status;
+extern Lane *current;
+
+// Ends the process with one line on stderr; `line` is the kernel's, 0 where there is none.
+[[noreturn]] void fail(int line, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+void run_launch(const LaunchPlan &plan);
+
+// Scheduling: park() gives way until something makes the current lane ready again.
+void park(const char *waits_at, int line);
+void wake(Lane &lane);
+void wake(Warp &warp, unsigned lanes);
+std::uint64_t random_word();
+bool shuffled();
+
+// Shared memory.
+unsigned char *shared_begin();
+unsigned shared_size();
+void set_shared_size(unsigned bytes);  // and poisons what lies around it
+void check_shared(const void *p, std::size_t bytes, std::size_t alignment, const char *what, int line);
+void check_global(const void *p, std::size_t bytes, std::size_t alignment, const char *what, int line);
+
+// Performs pending bulk copies that a parked lane waits for; true if that let a lane go on.
+bool deliver_bulk(Cta &cta);
+
+}  // namespace wph
