@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tuner.space.core import Config
+from tuner.space.dequant import shape
 from tuner.space.plan import DecodePlan
 from tuner.targets import Target
 
@@ -44,6 +45,20 @@ def reduce_geometry(config: Config, *, batch: int, kv_heads: int) -> Geometry:
     """Geometry of ``wph_decode_reduce`` (configurations with ``reduction=kernel``): a warp per query head."""
     rows = kv_heads * config.problem.gqa
     return Geometry((-(-rows // _REDUCE_WARPS), batch, 1), 32 * _REDUCE_WARPS, 0)
+
+
+_GRID_Y_MAX = 65535
+
+
+def dequant_geometry(config: Config, *, entries: int, block_size: int, kv_heads: int) -> Geometry:
+    """Geometry of ``wph_dequant``; ``entries`` = batch x max_blocks, the cells of the block table.
+
+    x counts the CTAs of a block, y and z together the entries (a dimension beyond x holds no more than 65535).
+    """
+    s = shape(config)
+    ctas = -(-block_size * kv_heads // s.slots)
+    y = max(1, min(entries, _GRID_Y_MAX))
+    return Geometry((ctas, y, max(1, -(-entries // y))), 32 * config["warps"], s.shared_bytes)
 
 
 def decode_scratch(config: Config, *, batch: int, kv_heads: int, splits: int) -> Scratch:

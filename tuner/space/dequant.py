@@ -1,1 +1,218 @@
 """The space of ``wph_dequant``: compressed pages to bf16 rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tuner.space.core import Axis, Config, Constraint, Problem, Space, Value
+from tuner.targets import Target
+
+AXES = (
+    Axis("warps", (4, 1, 2, 8, 16, 32), "warps per CTA"),
+    Axis("rows", (1, 2, 4, 8), "passes whose loads a warp issues before it uses the first"),
+    Axis("steps", (1, 2, 4, 8), "times that a CTA repeats this, within one block of the cache"),
+    Axis("divide", ("heads", "tokens", "planes"), "what runs fastest over rows: heads, tokens, or heads with keys and values on different warps"),
+    Axis("dim_warps", (1, 2), "warps that share a row and exchange the last butterfly stage through shared memory"),
+    Axis("transform", ("shuffle", "half", "mma"), "Walsh-Hadamard by fp32 shuffles, by shuffles of half pairs, or as two products with a 16x16 matrix"),
+    Axis("lookup", ("table", "replicated", "prmt", "shuffle"), "how a codebook index becomes a level"),
+    Axis("load", ("direct", "staged"), "plain loads into registers, or asynchronous copies into shared memory a step ahead"),
+    Axis("load_bytes", (4, 16), "width of one load or asynchronous copy"),
+    Axis("store_bytes", (16, 8, 4), "bytes that a lane writes at once: the channels that it holds side by side"),
+    Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
+)
+
+NAMED_BARRIERS = 15
+_MAX_SLOTS = 512
+_SM_RESERVED_BYTES = 1024  # shared memory that the driver keeps per CTA
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the threads of a configuration cover rows, and where in shared memory they keep what.
+
+    A warp holds ``rows_per_pass`` rows (or halves of rows), each on ``lanes`` lanes; a lane holds ``repeats`` chunks
+    of ``chunk`` adjacent channels. ``row_warps`` warps (or groups of dim_warps warps) work on different rows of a side.
+    ``slots`` is what a CTA covers of a block's tokens x heads. ``*_at`` and ``*_bytes`` are bytes of shared memory.
+    """
+
+    chunk: int
+    width: int
+    lanes: int
+    repeats: int
+    rows_per_pass: int
+    row_warps: int
+    step_slots: int
+    slots: int
+    lookup_bytes: int
+    stage_at: int
+    stage_row_bytes: int
+    stage_warp_bytes: int
+    scatter_at: int
+    scatter_row_bytes: int
+    exchange_at: int
+    exchange_group_bytes: int
+    shared_bytes: int
+
+
+def _lookup_bytes(config: Config) -> int:
+    layout = config.problem.layout
+    if not layout.format.key_codebook or config["lookup"] in ("prmt", "shuffle"):
+        return 0
+    if config["transform"] == "shuffle":
+        return 4 << layout.key.bits  # one fp32 level per index
+    copies = 32 if config["lookup"] == "replicated" else 1
+    return copies * 4 << 2 * layout.key.bits  # two halves per pair of indices
+
+
+def shape(config: Config) -> Shape:
+    """The shape of ``config``; all sizes are whole where no constraint refuses it."""
+    layout, warps = config.problem.layout, config["warps"]
+    chunk = config["store_bytes"] // 2
+    width = layout.block_d // config["dim_warps"]
+    lanes = min(32, width // chunk)
+    repeats, rows_per_pass = width // (chunk * lanes), 32 // lanes
+    row_warps = warps // config["dim_warps"] // (2 if config["divide"] == "planes" else 1)
+    step_slots = row_warps * config["rows"] * rows_per_pass
+
+    stage_at = -(-_lookup_bytes(config) // 128) * 128
+    stage_row = stage_warp = 0
+    if config["load"] == "staged":
+        # A row keeps its alignment, so its first and last copies may hold bytes of its neighbours.
+        stage_row = -(-(max(layout.key.size, layout.value.size) + 15) // 16) * 16
+        stage_warp = stage_row * rows_per_pass * config["rows"] * (2 if config["steps"] > 1 else 1)
+    scatter_at = stage_at + warps * stage_warp
+    # 64 channels fill the banks once; a word of padding after them separates lanes that would meet in a bank.
+    scatter_row = 2 * layout.head_dim + 4 * (layout.head_dim // 64) if layout.outliers else 0
+    exchange_at = -(-(scatter_at + warps * rows_per_pass * scatter_row) // 128) * 128
+    exchanges = config["dim_warps"] > 1 and layout.format.key_codebook
+    exchange_group = 2 * 2 * 32 * 4 * (repeats * chunk + 1) if exchanges else 0
+    return Shape(
+        chunk=chunk,
+        width=width,
+        lanes=lanes,
+        repeats=repeats,
+        rows_per_pass=rows_per_pass,
+        row_warps=row_warps,
+        step_slots=step_slots,
+        slots=step_slots * config["steps"],
+        lookup_bytes=_lookup_bytes(config),
+        stage_at=stage_at,
+        stage_row_bytes=stage_row,
+        stage_warp_bytes=stage_warp,
+        scatter_at=scatter_at,
+        scatter_row_bytes=scatter_row,
+        exchange_at=exchange_at,
+        exchange_group_bytes=exchange_group,
+        shared_bytes=exchange_at + warps // config["dim_warps"] * exchange_group,
+    )
+
+
+def _has_codebook(config: Config) -> bool:
+    return config.problem.layout.format.key_codebook
+
+
+def _row_warps_missing(config: Config, target: Target) -> bool:
+    return config["warps"] < config["dim_warps"] * (2 if config["divide"] == "planes" else 1)
+
+
+def _register_estimate(config: Config) -> int:
+    """Registers that the rows in flight and one decoded row need at least."""
+    layout = config.problem.layout
+    chunk = config["store_bytes"] // 2
+    held = max(chunk, layout.block_d // config["dim_warps"] // 32)
+    waiting = 6 if config["load"] == "staged" else 8 + 2 * held // chunk
+    return 24 + config["rows"] * waiting + held * (2 if layout.format.has_signs else 1)
+
+
+def _registers_short(config: Config, target: Target) -> bool:
+    return _register_estimate(config) * config["warps"] * 32 * config["min_ctas"] > target.registers
+
+
+def _shared_short(config: Config, target: Target) -> bool:
+    if _row_warps_missing(config, target):
+        return False
+    needed = shape(config).shared_bytes
+    per_sm = target.shared_bytes_per_sm // config["min_ctas"] - _SM_RESERVED_BYTES
+    return needed > min(target.shared_bytes_per_cta, per_sm)
+
+
+CONSTRAINTS = (
+    Constraint("row_warps", "dim_warps and divide=planes need warps of their own", _row_warps_missing),
+    Constraint(
+        "dim_split_short",
+        "two warps share a row only from head dim 256 on: shorter rows do not fill one warp",
+        lambda c, t: c["dim_warps"] > 1 and c.problem.head_dim < 256,
+    ),
+    Constraint(
+        "dim_split_plain",
+        "keys without a transform gain nothing from two warps per row: they are divided by rows",
+        lambda c, t: c["dim_warps"] > 1 and not _has_codebook(c),
+    ),
+    Constraint(
+        "dim_split_outliers",
+        "normal channels of one half scatter over the whole row, so two warps cannot store a half each",
+        lambda c, t: c["dim_warps"] > 1 and c.problem.layout.outliers > 0,
+    ),
+    Constraint(
+        "barriers",
+        f"a CTA has {NAMED_BARRIERS} named barriers, one per pair of warps that share a row",
+        lambda c, t: c["dim_warps"] > 1 and c["warps"] // c["dim_warps"] > NAMED_BARRIERS,
+    ),
+    Constraint(
+        "no_codebook",
+        "keys without a codebook have no transform and no lookup: only the plainest value stands for them",
+        lambda c, t: not _has_codebook(c) and (c["transform"], c["lookup"]) != ("shuffle", "table"),
+    ),
+    Constraint(
+        "replicated_levels",
+        "the fp32 table of single levels has no bank conflicts that copies could avoid",
+        lambda c, t: c["transform"] == "shuffle" and c["lookup"] == "replicated",
+    ),
+    Constraint(
+        "mma_fragment",
+        "the matrix product leaves a lane with 8 adjacent channels: store_bytes is 16",
+        lambda c, t: c["transform"] == "mma" and c["store_bytes"] != 16,
+    ),
+    Constraint(
+        "narrow_store",
+        "a lane of a warp-wide row holds more adjacent channels than store_bytes: narrower stores only add instructions",
+        lambda c, t: c["store_bytes"] // 2 < min(8, c.problem.head_dim // c["dim_warps"] // 32),
+    ),
+    Constraint(
+        "direct_width",
+        "slots have no alignment, so a direct load is 4 bytes wide",
+        lambda c, t: c["load"] == "direct" and c["load_bytes"] != 4,
+    ),
+    Constraint(
+        "too_many_slots",
+        f"a CTA would cover more than {_MAX_SLOTS} rows per side: most blocks of a cache have fewer",
+        lambda c, t: not _row_warps_missing(c, t) and shape(c).slots > _MAX_SLOTS,
+    ),
+    Constraint(
+        "occupancy",
+        "min_ctas CTAs of that many warps do not fit one SM",
+        lambda c, t: c["warps"] * c["min_ctas"] > t.max_warps or c["min_ctas"] > t.max_ctas,
+    ),
+    Constraint("registers", "the rows in flight do not fit the registers that warps x min_ctas leave", _registers_short),
+    Constraint("shared_memory", "tables, staging and exchange buffers exceed the shared memory", _shared_short),
+)
+
+
+def _config(problem: Problem, **changes: Value) -> Config:
+    values: dict[str, Value] = {axis.name: axis.values[0] for axis in AXES}
+    return DEQUANT.config(problem, values | changes)
+
+
+def _default(problem: Problem) -> Config:
+    """Direct loads, four passes in flight, Hadamard on tensor cores where there is one: any cache, any GPU."""
+    if problem.layout.format.key_codebook:
+        return _config(problem, rows=4, steps=2, transform="mma", lookup="prmt")
+    return _config(problem, rows=4, steps=2)
+
+
+def _seed(problem: Problem) -> Config:
+    """Four warps, one row per warp and a shuffle butterfly: stores as narrow as a warp-wide row makes them."""
+    return _config(problem, store_bytes=2 * min(8, problem.head_dim // 32))
+
+
+DEQUANT = Space("dequant", AXES, CONSTRAINTS, _default, _seed)
