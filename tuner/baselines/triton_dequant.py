@@ -192,6 +192,7 @@ def prepare(
                 **meta,
                 num_warps=chosen.num_warps,
                 num_stages=chosen.num_stages,
+                enable_fp_fusion=True,
             )
         return launches[0][1], launches[1][1]
 
