@@ -7,14 +7,20 @@ comment says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from tuner.errors import UsageError
+
+_PLAUSIBLE_GBPS = (100.0, 20000.0)  # drivers of integrated memories report nonsense, or nothing
 
 
 @dataclass(frozen=True)
 class Target:
-    """One GPU. ``bandwidth_gbps`` is what a read-only kernel reaches, ``peak_gbps`` the datasheet's figure (10^9 bytes/s)."""
+    """One GPU. ``bandwidth_gbps`` is what a read-only kernel reaches, ``peak_gbps`` the datasheet's figure.
+
+    Both count 10^9 bytes per second.
+    """
 
     arch: str
     device_name: str
@@ -59,3 +65,77 @@ def get_target(arch: str) -> Target:
         return TARGETS[arch]
     except KeyError:
         raise UsageError(f"no facts about architecture {arch!r}: expected one of {', '.join(ARCHS)}") from None
+
+
+@dataclass(frozen=True)
+class DeviceFacts:
+    """What the driver says of a device. Memory clock and bus width are 0 where it does not know."""
+
+    name: str
+    capability: tuple[int, int]
+    sms: int
+    l2_bytes: int
+    shared_bytes_per_sm: int
+    shared_bytes_per_cta: int
+    clock_khz: int
+    memory_clock_khz: int
+    memory_bus_bits: int
+
+
+def describe(device: DeviceFacts) -> Target:
+    """The target that ``device`` is: the facts of its architecture, corrected by what the driver says.
+
+    Bandwidth is the table's for the table's own device; for another of the same architecture it follows from memory
+    clock and bus width (two transfers per clock), with the same share reached by a read-only kernel.
+    Raises UsageError for an architecture without facts.
+    """
+    known = get_target("sm_{}{}".format(*device.capability))
+    target = replace(
+        known,
+        device_name=device.name,
+        sms=device.sms,
+        shared_kb_per_sm=device.shared_bytes_per_sm // 1024,
+        shared_kb_per_cta=device.shared_bytes_per_cta // 1024,
+        l2_mb=device.l2_bytes // 2**20,
+        clock_mhz=device.clock_khz // 1000 or known.clock_mhz,
+    )
+    peak_gbps = 2 * device.memory_clock_khz * device.memory_bus_bits / 8 / 1e6
+    is_known = device_slug(device.name) == device_slug(known.device_name)
+    if is_known or not _PLAUSIBLE_GBPS[0] <= peak_gbps <= _PLAUSIBLE_GBPS[1]:
+        return target
+    return replace(target, peak_gbps=peak_gbps, bandwidth_gbps=peak_gbps * known.bandwidth_gbps / known.peak_gbps)
+
+
+def attached(device: int = 0) -> Target | None:
+    """The CUDA device with that index in this machine, None without one.
+
+    Imports torch and initialises CUDA. Raises UsageError for an architecture without facts.
+    """
+    import torch
+
+    if device >= torch.cuda.device_count():
+        return None
+    properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack some of what it has
+    return describe(
+        DeviceFacts(
+            name=properties.name,
+            capability=(properties.major, properties.minor),
+            sms=properties.multi_processor_count,
+            l2_bytes=properties.L2_cache_size,
+            shared_bytes_per_sm=properties.shared_memory_per_multiprocessor,
+            shared_bytes_per_cta=properties.shared_memory_per_block_optin,
+            # Newer versions of torch have these three.
+            clock_khz=getattr(properties, "clock_rate", 0),
+            memory_clock_khz=getattr(properties, "memory_clock_rate", 0),
+            memory_bus_bits=getattr(properties, "memory_bus_width", 0),
+        )
+    )
+
+
+def device_slug(name: str) -> str:
+    """``name`` as it stands in file names, spelled as vLLM does: "NVIDIA GB10" -> "NVIDIA_GB10".
+
+    Every member of the H200 family is NVIDIA_H200.
+    """
+    slug = name.replace(" ", "_").replace("/", "_")
+    return "NVIDIA_H200" if "H200" in slug.split("_") else slug

@@ -58,7 +58,8 @@ def attend(
         if length == 0:
             continue
         blocks = block_table[b, : -(-length // block_size)].long()
-        chunks = list(zip(blocks.split(blocks_at_once), _token_counts(length, blocks_at_once * block_size), strict=True))
+        counts = _token_counts(length, blocks_at_once * block_size)
+        chunks = list(zip(blocks.split(blocks_at_once), counts, strict=True))
         scores = torch.cat(
             [
                 torch.einsum("hgd,thd->hgt", grouped[b], dequantize_key(keys[ids].flatten(0, 1)[:n], codec))
