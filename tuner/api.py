@@ -162,8 +162,12 @@ def _codec(
     layout: SlotLayout, device: torch.device, centroids: Tensor | None, signs: Tensor | None, channels: Tensor | None
 ) -> Codec:
     codec = _default_codec(layout, device)
-    given = {"centroids": centroids, "signs": signs, "channels": channels}
-    return replace(codec, **{name: tensor for name, tensor in given.items() if tensor is not None})
+    return replace(
+        codec,
+        centroids=codec.centroids if centroids is None else centroids,
+        signs=codec.signs if signs is None else signs,
+        channels=codec.channels if channels is None else channels,
+    )
 
 
 @lru_cache(maxsize=64)

@@ -31,7 +31,7 @@ _BF16, _FP16 = torch.bfloat16, torch.float16
 _CASES: dict[Level, tuple[tuple[tuple[int, ...], dict[str, Any]], ...]] = {
     "tiny": (
         ((0, 1, 17), {"block_size": 16, "query_dtype": _BF16}),
-        ((33, 15), {"block_size": 16, "query_dtype": _FP16, "index_dtype": torch.int64, "order": "head", "padding": 48}),
+        ((33, 15), {"query_dtype": _FP16, "index_dtype": torch.int64, "order": "head", "padding": 48}),
     ),
     "quick": (
         ((0, 1, 15, 16, 17, 700), {"block_size": 16, "query_dtype": _BF16}),
@@ -119,11 +119,16 @@ def _rotates(problem: Problem) -> bool:
     return problem.layout.format.key_codebook
 
 
-@lru_cache(maxsize=8)
 def _cases(problem: Problem, device: str, level: Level, kv_heads: int) -> tuple[Case, ...]:
     return tuple(
         synthetic_cache(
-            problem.layout, lengths, q_heads=problem.gqa * kv_heads, kv_heads=kv_heads, seed=seed, device=device, **options
+            problem.layout,
+            lengths,
+            q_heads=problem.gqa * kv_heads,
+            kv_heads=kv_heads,
+            seed=seed,
+            device=device,
+            **options,
         )
         for seed, (lengths, options) in enumerate(_CASES[level])
     )
@@ -131,14 +136,14 @@ def _cases(problem: Problem, device: str, level: Level, kv_heads: int) -> tuple[
 
 @lru_cache(maxsize=8)
 def _decode_cases(problem: Problem, device: str, level: Level, kv_heads: int) -> tuple[tuple[Case, Tensor], ...]:
-    return tuple((case, case.expected()) for case in _cases.__wrapped__(problem, device, level, kv_heads))
+    return tuple((case, case.expected()) for case in _cases(problem, device, level, kv_heads))
 
 
 @lru_cache(maxsize=8)
 def _dequant_cases(
     problem: Problem, device: str, level: Level, kv_heads: int
 ) -> tuple[tuple[Case, tuple[Tensor, Tensor]], ...]:
-    return tuple((c, dequantize(c.kv_cache, c.codec)) for c in _cases.__wrapped__(problem, device, level, kv_heads))
+    return tuple((c, dequantize(c.kv_cache, c.codec)) for c in _cases(problem, device, level, kv_heads))
 
 
 def _run_decode(run: Callable[[Case, Tensor], None], case: Case) -> tuple[Tensor, bool]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -83,7 +83,7 @@ def default_selection(problem: Problem, device: int, *, batch: int, kv_heads: in
     return Selection(kernel, candidates[0])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _default_kernel(problem: Problem, device: int) -> tuple[LoadedKernel, int, Target]:
     from tuner.build import BuildFailure, build
     from tuner.render import render

@@ -73,7 +73,15 @@ class LoadedKernel:
             driver.ctxSetCurrent(self._context)
         try:
             driver.launchKernel(
-                self._functions[entry], *geometry.grid, geometry.block, 1, 1, geometry.shared_bytes, stream, parameters, 0
+                self._functions[entry],
+                *geometry.grid,
+                geometry.block,
+                1,
+                1,
+                geometry.shared_bytes,
+                stream,
+                parameters,
+                0,
             )
         except driver.CUDADriverError as e:
             kind = ResourceError if "OUT_OF_RESOURCES" in str(e) else TunerError
@@ -177,9 +185,7 @@ class DecodeCall(_Call):
     ) -> None:
         config = kernel.config
         require_layout(config, codec)
-        scratch = decode_scratch(
-            config, batch=query.shape[0], kv_heads=kv_cache.shape[-2], splits=splits
-        )
+        scratch = decode_scratch(config, batch=query.shape[0], kv_heads=kv_cache.shape[-2], splits=splits)
         space = workspace or shared_workspace(kv_cache.device)
         params, tensors = decode_params(
             query,
@@ -264,10 +270,8 @@ def decode_launches(config: Config, query: Tensor, kv_cache: Tensor, splits: int
 
 def dequant_launches(config: Config, kv_cache: Tensor, block_table: Tensor) -> list[tuple[str, Geometry]]:
     """Entry points of a dequantisation with their geometries; none where there are no blocks."""
-    batch, max_blocks = block_table.shape
-    if batch * max_blocks == 0:
+    entries = block_table.numel()
+    if entries == 0:
         return []
-    geometry = dequant_geometry(
-        config, batch=batch, max_blocks=max_blocks, block_size=kv_cache.shape[-3], kv_heads=kv_cache.shape[-2]
-    )
-    return [("wph_dequant", geometry)]
+    block_size, kv_heads = kv_cache.shape[-3:-1]
+    return [("wph_dequant", dequant_geometry(config, entries=entries, block_size=block_size, kv_heads=kv_heads))]

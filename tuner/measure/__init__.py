@@ -1,9 +1,20 @@
-"""Timing on the GPU, in a child process that may die (the protocol of docs on measuring).
+"""Timing on the GPU, in a child process that may die.
 
-``Measurer`` is what callers use; it answers with values, never with the child's exceptions.
+``Measurer`` is what callers use; it answers with values, never with the child's exceptions. This side imports
+neither torch nor CuPy: only the child touches the GPU.
 """
 
+from tuner.measure.measurer import Checked, Contestant, Measurer, Race
 from tuner.measure.samples import Failure, Sample, Timing, declare_winner, paired_ratio
-from tuner.measure.measurer import Contestant, Measurer, Race
 
-__all__ = ["Contestant", "Failure", "Measurer", "Race", "Sample", "Timing", "declare_winner", "paired_ratio"]
+__all__ = [
+    "Checked",
+    "Contestant",
+    "Failure",
+    "Measurer",
+    "Race",
+    "Sample",
+    "Timing",
+    "declare_winner",
+    "paired_ratio",
+]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tuner.check import CheckResult
+from tuner.measure.channel import Channel
 from tuner.measure.samples import Failure, Sample, Timing
 from tuner.space import Config
 from tuner.workload import Bucket, Shape
@@ -36,11 +37,20 @@ class Race:
     failures: dict[str, Failure]
 
 
+@dataclass(frozen=True)
+class Checked:
+    """A kernel that passed the gate; ``worst_error`` is relative, ``detail`` one line."""
+
+    worst_error: float
+    detail: str
+
+
 class Measurer:
     """Owns one child process per device; starts it when first needed and again after it died.
 
     Every method returns a ``Failure`` instead of raising when the child crashes, hangs or refuses. Use as a context
-    manager: leaving it ends the child. ``log`` receives the child's standard error.
+    manager: leaving it ends the child. ``timeout_s`` bounds one request (a race has its budget on top). ``pool_bytes``
+    bounds the cache that is timed on, None: 40% of the free memory. ``log`` receives the child's standard error.
     """
 
     def __init__(
@@ -53,7 +63,10 @@ class Measurer:
         log: Path | None = None,
         seed: int = 0,
     ) -> None:
-        raise NotImplementedError
+        options = {"device": device, "block_size": block_size, "pool_bytes": pool_bytes, "seed": seed}
+        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
+        self.timeout_s = timeout_s
+        self.channel = Channel([sys.executable, "-m", "tuner.measure.child", *arguments], log)
 
     def __enter__(self) -> Self:
         return self
@@ -65,11 +78,13 @@ class Measurer:
 
     def close(self) -> None:
         """Ends the child; harmless when there is none."""
-        raise NotImplementedError
+        self.channel.close()
 
-    def check(self, config: Config, cubin: Path, *, level: str = "quick") -> CheckResult | Failure:
+    def check(self, config: Config, cubin: Path, *, level: str = "quick", kv_heads: int = 2) -> Checked | Failure:
         """The correctness gate on the GPU; a failed gate is Failure("wrong result", ...)."""
-        raise NotImplementedError
+        payload = {"config": config.to_dict(), "cubin": str(cubin), "level": level, "kv_heads": kv_heads}
+        answer = self._request("check", payload)
+        return answer if isinstance(answer, Failure) else Checked(**answer)
 
     def time(
         self,
@@ -85,13 +100,37 @@ class Measurer:
 
         ``splits`` None: the candidates of ``geometry.split_candidates`` per bucket. Op dequant ignores splits (1).
         """
-        raise NotImplementedError
+        payload = {
+            "config": config.to_dict(),
+            "cubin": str(cubin),
+            "registers": registers,
+            "shape": asdict(shape),
+            "buckets": [asdict(bucket) for bucket in buckets],
+            "splits": None if splits is None else list(splits),
+        }
+        answer = self._request("time", payload)
+        return answer if isinstance(answer, Failure) else _timings(answer)
 
     def baseline(
         self, names: Sequence[str], shape: Shape, cache_format: str, buckets: Sequence[Bucket], *, op: str = "decode"
     ) -> dict[str, list[Timing] | Failure]:
-        """Short runs of registered baselines, by name; one that is not available here is a Failure("error")."""
-        raise NotImplementedError
+        """Short runs of registered baselines, by name; one that is not available here is a Failure("error").
+
+        One that runs out of memory on a bucket has no timing there. Each name is a request of its own, with five
+        times the usual limit, because Triton compiles when first called.
+        """
+        results: dict[str, list[Timing] | Failure] = {}
+        for name in names:
+            payload = {
+                "name": name,
+                "op": op,
+                "shape": asdict(shape),
+                "cache_format": cache_format,
+                "buckets": [asdict(bucket) for bucket in buckets],
+            }
+            answer = self._request("baseline", payload, 5 * self.timeout_s)
+            results[name] = answer if isinstance(answer, Failure) else _timings(answer)
+        return results
 
     def race(
         self,
@@ -103,5 +142,38 @@ class Measurer:
         op: str = "decode",
         budget_s: float = 5.0,
     ) -> Race | Failure:
-        """Shuffled interleaved rounds until every median's interval is under 1% or ``budget_s`` has passed."""
-        raise NotImplementedError
+        """Shuffled interleaved rounds until every median's interval is under 1% or ``budget_s`` has passed.
+
+        A contestant that cannot be prepared is among ``failures``; one that crashes ends the race with a Failure.
+        """
+        payload = {
+            "contestants": [
+                {
+                    "name": c.name,
+                    "config": c.config.to_dict() if c.config else None,
+                    "cubin": str(c.cubin) if c.cubin else None,
+                    "splits": c.splits,
+                }
+                for c in contestants
+            ],
+            "op": op,
+            "shape": asdict(shape),
+            "cache_format": cache_format,
+            "bucket": asdict(bucket),
+            "budget_s": budget_s,
+        }
+        answer = self._request("race", payload, self.timeout_s + budget_s)
+        if isinstance(answer, Failure):
+            return answer
+        return Race(
+            {name: tuple(times) for name, times in answer["rounds_us"].items()},
+            {name: Sample(**sample) for name, sample in answer["samples"].items()},
+            {name: Failure(**failure) for name, failure in answer["failures"].items()},
+        )
+
+    def _request(self, op: str, payload: dict[str, Any], timeout_s: float | None = None) -> Any | Failure:
+        return self.channel.request(op, payload, timeout_s or self.timeout_s)
+
+
+def _timings(answer: list[dict[str, Any]]) -> list[Timing]:
+    return [Timing(t["bucket"], t["splits"], Sample(**t["sample"])) for t in answer]
