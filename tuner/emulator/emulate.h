@@ -225,6 +225,7 @@ WPH_DEVICE void mbarrier_init(unsigned long long *bar, int arrivals, WPH_LINE) {
     wph::barrier_init(bar, arrivals, line);
 }
 WPH_DEVICE void mbarrier_fence_init() {}
+WPH_DEVICE void fence_async_proxy() {}
 WPH_DEVICE void mbarrier_arrive_expect(unsigned long long *bar, int bytes, WPH_LINE) {
     wph::barrier_arrive(bar, bytes, "mbarrier_arrive_expect", line);
 }
