@@ -23,7 +23,7 @@ class Helpers:
         self._processes: list[BaseProcess] = []
 
     def start(self) -> None:
-        """Starts the processes unless they run; to be called once the caller's first event shows that the study exists."""
+        """Starts the processes unless they run; to be called once a first event shows that the study exists."""
         if self._processes or not self._devices:
             return
         context = multiprocessing.get_context("spawn")

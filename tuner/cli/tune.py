@@ -37,7 +37,7 @@ MAX_WORKERS = 1024
     "--warps",
     type=INT_LIST,
     metavar="LIST",
-    help="Warps per CTA to try, for example 1,2,4. With --op dequant each count gets its own search, and they are compared.",
+    help="Warps per CTA to try, for example 1,2,4. With --op dequant each gets its own search and they are compared.",
 )
 @click.option(
     "--trials", type=int, metavar="N", help="Kernels to try per table.  [default: 160 measured, 96 predicted]"
@@ -124,7 +124,7 @@ def read_requests(
     seed: int,
     output: Path | None,
 ) -> list[TuneRequest]:
-    """One request per distinct problem of ``workload``, everything checked before anything is built. Raises UsageError."""
+    """One request per distinct problem of ``workload``, all checked before anything is built. Raises UsageError."""
     from tuner.cli.helpers import expect_attached
     from tuner.formats import get_format
     from tuner.search import TuneRequest
