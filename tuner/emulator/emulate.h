@@ -85,6 +85,7 @@ float half_value(unsigned short v);
 unsigned short half_bits(double v);
 unsigned short bfloat_bits(float v);
 unsigned short half_from_e4m3(unsigned char v);
+unsigned permute_bytes(unsigned a, unsigned b, unsigned selector);
 enum class Half2 { add, subtract, multiply, fma };
 unsigned half2_arithmetic(Half2 kind, unsigned a, unsigned b, unsigned c);
 
@@ -121,17 +122,7 @@ WPH_DEVICE unsigned float_to_bits(float v) {
     __builtin_memcpy(&d, &v, 4);
     return d;
 }
-WPH_DEVICE unsigned prmt(unsigned a, unsigned b, unsigned selector) {
-    const unsigned long long bytes = static_cast<unsigned long long>(b) << 32 | a;
-    unsigned d = 0;
-    for (int i = 0; i < 4; ++i) {
-        const unsigned nibble = selector >> (4 * i) & 15u;
-        unsigned byte = static_cast<unsigned>(bytes >> (8 * (nibble & 7u))) & 0xffu;
-        if (nibble & 8u) byte = byte & 0x80u ? 0xffu : 0u;
-        d |= byte << (8 * i);
-    }
-    return d;
-}
+WPH_DEVICE unsigned prmt(unsigned a, unsigned b, unsigned selector) { return wph::permute_bytes(a, b, selector); }
 WPH_DEVICE unsigned funnel_right(unsigned lo, unsigned hi, int shift) {
     return static_cast<unsigned>((static_cast<unsigned long long>(hi) << 32 | lo) >> (shift & 31));
 }

@@ -1,4 +1,4 @@
-// Number formats and half arithmetic in software: one rounding to nearest even, NaN becomes the GPU's 0x7fff.
+// Bytes, number formats and half arithmetic in software: one rounding to nearest even, NaN becomes the GPU's 0x7fff.
 #include <cmath>
 #include <cstdint>
 
@@ -83,6 +83,18 @@ unsigned half2_arithmetic(Half2 kind, unsigned a, unsigned b, unsigned c) {
         word |= static_cast<unsigned>(half_bits(d)) << shift;
     }
     return word;
+}
+
+unsigned permute_bytes(unsigned a, unsigned b, unsigned selector) {
+    const std::uint64_t bytes = static_cast<std::uint64_t>(b) << 32 | a;
+    unsigned d = 0;
+    for (unsigned i = 0; i < 4; ++i) {
+        const unsigned nibble = selector >> (4 * i) & 15u;
+        unsigned byte = static_cast<unsigned>(bytes >> (8 * (nibble & 7u))) & 0xffu;
+        if (nibble & 8u) byte = byte & 0x80u ? 0xffu : 0u;
+        d |= byte << (8 * i);
+    }
+    return d;
 }
 
 }  // namespace wph

@@ -1,0 +1,125 @@
+"""Kernels to executables, with g++, once per text."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+from tuner.emulator.report import EmulationError
+
+DEFAULT_ROOT = Path("build")
+_RUNTIME = Path(__file__).resolve().parent
+_SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+# Kernels read shared memory as many types. Optimising costs more at compile time than it gains at run time.
+_KERNEL_FLAGS = ("-std=c++17", "-O0", "-g1", "-fno-strict-aliasing", "-DWPH_EMULATE", "-w", *_SANITIZE)
+# The run time itself is trusted: it tells AddressSanitizer what it needs to know, and is fast.
+_RUNTIME_FLAGS = ("-std=c++17", "-O2", "-g1", "-fno-strict-aliasing")
+_ENTRY = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^()]*\)\s*)?(\w+)\s*\(')
+_DYNAMIC_SHARED = re.compile(r"\bextern\s+__shared__\s+(?:__align__\s*\([^()]*\)\s*)?[\w\s]*?(\w+)\s*\[\s*\]")
+_STATIC_SHARED = re.compile(r"(?<!extern )__shared__")
+
+
+class HasText(Protocol):
+    """Anything with the CUDA source in ``text``, a render.Source for example."""
+
+    @property
+    def text(self) -> str: ...
+
+
+def compile_source(source: HasText, *, root: Path = DEFAULT_ROOT) -> Path:
+    """The emulated kernel as an executable, compiled once per text; raises EmulationError with g++'s first error."""
+    text = source.text
+    entries = _ENTRY.findall(text)
+    if not entries:
+        raise EmulationError('no kernel in the source: expected extern "C" __global__ void name(...)')
+    if _STATIC_SHARED.search(text):
+        raise EmulationError("static __shared__ array: the emulator guards only extern __shared__, declare it so")
+    key = _digest(text, _runtime_digest(), *_KERNEL_FLAGS)
+    executable = root / "emulate" / key / "kernel"
+    if executable.is_file():
+        return executable.resolve()
+    objects = _runtime_objects(root)
+    arrays = sorted(set(_DYNAMIC_SHARED.findall(text)))
+
+    def build(folder: Path) -> None:
+        (folder / "kernel.cu").write_text(text)
+        calls = "".join(f"WPH_ENTRY({name})\n" for name in entries)
+        (folder / "main.cpp").write_text(f'#include "emulate.h"\n#include "kernel.cu"\n{calls}')
+        symbols = [f"-Wl,--defsym={name}=wph_arena+16384" for name in arrays]
+        inputs = ["main.cpp", *map(str, objects), *symbols]
+        _gxx([*_KERNEL_FLAGS, f"-I{_RUNTIME}", *inputs, "-o", "kernel", "-ldl"], folder)
+        (folder / "main.cpp").unlink()
+
+    _publish(executable.parent, build)
+    return executable.resolve()
+
+
+def compile_many(sources: Iterable[HasText], *, jobs: int = 2, root: Path = DEFAULT_ROOT) -> list[Path]:
+    """compile_source() of many sources, ``jobs`` at a time."""
+    _runtime_objects(root)  # once, rather than in every worker
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(lambda source: compile_source(source, root=root), sources))
+
+
+def _digest(*parts: str) -> str:
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(f"{len(part)}\0{part}".encode())
+    return state.hexdigest()[:32]
+
+
+@lru_cache(maxsize=1)
+def _compiler() -> tuple[str, str]:
+    """Path and version line of g++."""
+    path = shutil.which(os.environ.get("CXX") or "g++")
+    if path is None:
+        raise EmulationError("no g++ found: the emulator compiles kernels for the CPU; install g++ or set CXX")
+    done = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    return path, done.stdout.partition("\n")[0]
+
+
+@lru_cache(maxsize=1)
+def _runtime_digest() -> str:
+    files = sorted(p for p in _RUNTIME.iterdir() if p.suffix in (".h", ".cpp"))
+    return _digest(*_compiler(), *_RUNTIME_FLAGS, *(part for p in files for part in (p.name, p.read_text())))
+
+
+def _runtime_objects(root: Path) -> list[Path]:
+    folder = root / "emulate" / f"runtime-{_runtime_digest()}"
+    sources = sorted(_RUNTIME.glob("*.cpp"))
+    if not folder.is_dir():
+        _publish(folder, lambda work: _gxx([*_RUNTIME_FLAGS, "-c", *map(str, sources)], work))
+    return [(folder / source.name).with_suffix(".o").resolve() for source in sources]
+
+
+def _publish(folder: Path, build: Callable[[Path], None]) -> None:
+    """Lets ``build`` fill a temporary folder and renames it to ``folder``: nobody sees half of it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="tmp-", dir=folder.parent))
+    try:
+        build(work)
+        try:
+            work.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _gxx(arguments: Sequence[str], folder: Path) -> None:
+    done = subprocess.run([_compiler()[0], *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return
+    lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+    first = next((line for line in lines if "error" in line), lines[0])
+    raise EmulationError(f"g++: {first.strip()}", done.stderr)

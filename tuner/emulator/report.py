@@ -1,0 +1,83 @@
+"""What went wrong in the child process, as one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tuner.errors import TunerError
+
+
+class EmulationError(TunerError):
+    """The kernel did something wrong. The message is one line; ``report`` is all that the child process wrote."""
+
+    def __init__(self, message: str, report: str = "") -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where the child was: launch, CTA and thread; ``done`` is 1 after all launches."""
+
+    launch: int
+    x: int
+    y: int
+    z: int
+    thread: int
+    done: int
+
+
+@dataclass(frozen=True)
+class Guarded:
+    """A buffer in the child's memory: name, address (0: it was not there yet) and size."""
+
+    name: str
+    address: int
+    size_bytes: int
+
+
+_OWN = re.compile(r"^wph-emulate: line (\d+): (.*)$", re.M)
+_UNDEFINED = re.compile(r"^\S+:\d+:\d+: runtime error: (.*)$", re.M)
+_ADDRESS = re.compile(r"ERROR: AddressSanitizer:? (\S+)(?:.*?(0x[0-9a-f]+))?.*$", re.M)
+_ACCESS = re.compile(r"^(?:READ|WRITE) of size \d+", re.M)
+_KERNEL_LINE = re.compile(r"\bkernel\.cu:(\d+)")
+_NEAR_BYTES = 1 << 20
+
+
+def _buffer_place(address: int, buffers: Sequence[Guarded]) -> str:
+    """Where ``address`` is relative to the nearest buffer; empty where none is near."""
+    distances = [(max(b.address - address, address - b.address - b.size_bytes, 0), b) for b in buffers if b.address]
+    if not distances:
+        return ""
+    distance, near = min(distances, key=lambda pair: pair[0])
+    if distance > _NEAR_BYTES:
+        return ""
+    return f" at byte {address - near.address} of {near.name}, which has {near.size_bytes}"
+
+
+def failure(
+    text: str, report: str, code: int | None, status: Status, launch: str, buffers: Sequence[Guarded], timeout_s: float
+) -> EmulationError:
+    """The error for a child that ended with ``code`` (None: by time-out) during ``launch`` and wrote ``report``."""
+    own, undefined, address = _OWN.search(report), _UNDEFINED.search(report), _ADDRESS.search(report)
+    if code is None:
+        what = f"no end after {timeout_s:g} s"
+    elif address:
+        access = _ACCESS.search(report)
+        where = _buffer_place(int(address[2], 16), buffers) if address[2] else ""
+        what = f"{own[2] + ': ' if own else ''}{address[1]}{': ' + access[0] if access else ''}{where}"
+    elif undefined:
+        what = undefined[1]
+    elif own:
+        what = own[2]
+    else:
+        what = f"the process ended with {code}: {(report.splitlines() or ['no message'])[0]}"
+    frame = own or (code is not None and _KERNEL_LINE.search(report))
+    line = int(frame[1]) if frame else 0
+    message = f"{launch}, CTA ({status.x}, {status.y}, {status.z}), thread {status.thread}: {what}"
+    lines = text.splitlines()
+    if 1 <= line <= len(lines):
+        message += f"; line {line}: {lines[line - 1].strip()}"
+    return EmulationError(message, report)
