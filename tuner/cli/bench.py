@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tuner.cli.options import CONTEXT_SETTINGS, DEFAULT_FORMAT, INT_LIST, debug_option
+from tuner.cli.output import console
 from tuner.errors import TunerError, UsageError
 
 if TYPE_CHECKING:
@@ -47,8 +48,6 @@ def command(model: str, cache_format: str, concurrency: tuple[int, ...], context
 
     Example: python tune.py bench --model qwen3.5-122b --concurrency 1,2,4
     """
-    from rich.console import Console
-
     from tuner.formats import get_format
     from tuner.report import terminal
     from tuner.targets import attached
@@ -68,7 +67,7 @@ def command(model: str, cache_format: str, concurrency: tuple[int, ...], context
     rows = bench_model(
         workload, cache_format, concurrency, context, target, gpu=gpu, budget_s=budget, root=Path("build")
     )
-    Console().print(terminal.steps(workload.name, _where(target), rows))
+    console().print(terminal.steps(workload.name, _where(target), rows))
 
 
 def _where(target: Target) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from tuner.cli.options import CONTEXT_SETTINGS, debug_option
+from tuner.cli.output import console
 
 
 @click.command("doctor", context_settings=CONTEXT_SETTINGS)
@@ -14,9 +15,7 @@ def command() -> None:
 
     Always exits with 0: a machine without a GPU is fit for predicting, for example.
     """
-    from rich.console import Console
-
     from tuner.doctor import diagnose
     from tuner.report import terminal
 
-    Console().print(terminal.findings(diagnose()))
+    console().print(terminal.findings(diagnose()))

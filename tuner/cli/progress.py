@@ -63,7 +63,7 @@ class ProgressView:
         now = time.monotonic()
         last = event.stage == "search" and event.progress.done >= event.progress.total
         if event.stage != self._stage or last or now - self._last_s >= PLAIN_INTERVAL_S:
-            self._console.print(line, highlight=False, soft_wrap=True)
+            self._console.print(line, soft_wrap=True)
             self._last_s, self._stage = now, event.stage
 
     def __exit__(

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from tuner.cli.options import CONTEXT_SETTINGS, debug_option, ensure_writable
+from tuner.cli.output import console
 from tuner.cli.tables import table_paths, tables_argument
 
 
@@ -31,13 +32,11 @@ def command(tables: tuple[Path, ...], html: Path | None) -> None:
         html.write_text(page(found), encoding="utf-8")
         click.echo(f"{html}: {len(found)} tables")
         return
-    from rich.console import Console
-
     from tuner.report import terminal
 
-    console = Console()
+    out = console()
     for table in found:
-        console.print(terminal.winners(table))
-        console.print(terminal.kernels(table))
+        out.print(terminal.winners(table))
+        out.print(terminal.kernels(table))
         for line in terminal.summary(table):
-            console.print(line, highlight=False)
+            out.print(line)

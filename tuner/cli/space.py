@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from tuner.cli.options import CONTEXT_SETTINGS, debug_option, problem_of, problem_options, read_target, read_workload
+from tuner.cli.output import console
 
 
 @click.command("space", context_settings=CONTEXT_SETTINGS)
@@ -17,17 +18,17 @@ def command(head_dim: int | None, model: str | None, gqa: int | None, arch: str 
 
     Example: python tune.py space --head-dim 256 --arch sm_90
     """
-    from rich.console import Console
-
     from tuner.report import terminal
     from tuner.space import get_space
     from tuner.space.census import census
+    from tuner.targets import get_target
 
     workload = read_workload(head_dim, model, gqa)
-    target, _ = read_target(arch)
-    console = Console()
+    # Naming the architecture needs no look at the machine, which would load torch.
+    target = get_target(arch) if arch else read_target(None)[0]
+    out = console()
     for problem in dict.fromkeys(problem_of(shape, what["op"], what["cache_format"]) for shape, _ in workload.shapes):
         space = get_space(problem.op)
-        console.print(terminal.problem_title(problem, target.device_name, target.arch), highlight=False)
-        console.print(terminal.axes(space))
-        console.print(terminal.constraints(space, census(space, problem, target)))
+        out.print(terminal.problem_title(problem, target.device_name, target.arch))
+        out.print(terminal.axes(space))
+        out.print(terminal.constraints(space, census(space, problem, target)))

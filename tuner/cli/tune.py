@@ -19,6 +19,7 @@ from tuner.cli.options import (
     read_target,
     read_workload,
 )
+from tuner.cli.output import console
 from tuner.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,32 +81,30 @@ def command(head_dim: int | None, model: str | None, gqa: int | None, **options:
     output: Path = options["output"]
     ensure_writable(output)
 
-    from rich.console import Console
-
     from tuner import toolchain
     from tuner.report import terminal
 
     toolchain.find()
-    console = Console()
+    out = console()
     results = []
     for shape, layers in workload.shapes:
         if shape.sliding:
             note = f"head dim {shape.head_dim}: {layers} layers with a sliding window keep vLLM's own kernel, not tuned"
-            console.print(note, highlight=False)
+            out.print(note)
     for request in requests:
-        console.print(terminal.heading(request), highlight=False)
+        out.print(terminal.heading(request))
         if request.problem.op == "dequant" and len(options["warps"] or ()) > 1:
-            result = _compare_layouts(console, request, helpers)
+            result = _compare_layouts(out, request, helpers)
         else:
-            result = _search(console, request, helpers)
-        console.print(terminal.winners(result.table))
-        console.print(terminal.kernels(result.table))
+            result = _search(out, request, helpers)
+        out.print(terminal.winners(result.table))
+        out.print(terminal.kernels(result.table))
         for line in terminal.summary(result.table):
-            console.print(line, highlight=False)
+            out.print(line)
         results.append(result)
     for result in results:
         # Paths are for copying: never wrapped.
-        console.print(f"dispatch table: {result.path}", highlight=False, soft_wrap=True)
+        out.print(f"dispatch table: {result.path}", soft_wrap=True)
 
 
 def read_requests(
@@ -173,12 +172,12 @@ def _expect(option: str, value: int | None, low: int, high: int) -> None:
         raise UsageError(f"{option} is {value}: expected {low} to {high}")
 
 
-def _search(console: Console, request: TuneRequest, more_gpus: tuple[int, ...]) -> TuneResult:
+def _search(out: Console, request: TuneRequest, more_gpus: tuple[int, ...]) -> TuneResult:
     from tuner.cli.helpers import Helpers
     from tuner.cli.progress import ProgressView
     from tuner.search import tune
 
-    with ProgressView(console) as view, Helpers(request, more_gpus) as helpers:
+    with ProgressView(out) as view, Helpers(request, more_gpus) as helpers:
 
         def on_event(event: Any) -> None:
             helpers.start()
@@ -187,7 +186,7 @@ def _search(console: Console, request: TuneRequest, more_gpus: tuple[int, ...]) 
         return tune(request, on_event)
 
 
-def _compare_layouts(console: Console, request: TuneRequest, more_gpus: tuple[int, ...]) -> TuneResult:
+def _compare_layouts(out: Console, request: TuneRequest, more_gpus: tuple[int, ...]) -> TuneResult:
     """A search per warp count with an equal share of the trials, then the table from all of them together."""
     import tempfile
 
@@ -208,14 +207,14 @@ def _compare_layouts(console: Console, request: TuneRequest, more_gpus: tuple[in
             timeout_s=timeout_s / len(counts),
             output=None,
         )
-        console.print(f"{count} warps per CTA", highlight=False)
-        result = _search(console, share, more_gpus)
+        out.print(f"{count} warps per CTA")
+        result = _search(out, share, more_gpus)
         rows.append(layout_row(int(count), result.table, request.target))
         with tempfile.TemporaryDirectory() as folder:
             recording = Path(folder) / "trials.json"
             export_study(share, recording)
             import_study(joint, recording)
-    console.print("all layouts together", highlight=False)
-    result = _search(console, joint, more_gpus)
-    console.print(terminal.layouts(rows))
+    out.print("all layouts together")
+    result = _search(out, joint, more_gpus)
+    out.print(terminal.layouts(rows))
     return result
