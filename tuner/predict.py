@@ -1,43 +1,179 @@
-"""The static model: time of a kernel from its machine code, its occupancy and its bytes, without running it."""
+"""Time of a kernel from its machine code, without running it: what a launch does, for the model of a GPU."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from itertools import pairwise
 
 from tuner.build import Built
+from tuner.errors import TunerError, UsageError
 from tuner.formats import SlotLayout
-from tuner.sass import SassFacts
+from tuner.geometry import decode_geometry
+from tuner.model import LATENCY_US, VERSION, Launch, Prediction, model
+from tuner.pipes import Cycles, cost
+from tuner.sass import Loop, SassFacts, count
 from tuner.space import Config
+from tuner.space.plan import GROUP_TOKENS, DecodePlan
 from tuner.targets import Target
 from tuner.workload import Bucket, Shape
+from tuner.workload.core import cache_bytes
 
+__all__ = ["VERSION", "Prediction", "hot_loop", "memory_limit_us", "predict", "predict_triton"]
 
-@dataclass(frozen=True)
-class Prediction:
-    """Time of one call and the terms it is made of, in microseconds; the largest term names the ``bottleneck``."""
-
-    time_us: float
-    memory_us: float
-    issue_us: float
-    shared_us: float
-    matrix_us: float
-    reduction_us: float
-    overhead_us: float
-    bottleneck: str
-    occupancy: float
-    """Resident warps over the SM's maximum."""
-    ctas_per_sm: int
-    waves: float
-    evidence: str = "predicted"
+_L2_FACTOR = 2.0
+"""Bandwidth of the L2 cache, where partial results stay, over DRAM's."""
+_CTA_BYTES_PER_CYCLE = 32.0
+"""What one CTA alone reads per clock: the last one to arrive merges a head's splits by itself."""
+_CONFLICTS = {4: 3.4, 3: 1.9}
+"""Turns that 32 lanes take to look up pairs of indices in a table of 256 or 64 words, on average over random pairs."""
+_SECTOR = 32
 
 
 def memory_limit_us(shape: Shape, layout: SlotLayout, bucket: Bucket, target: Target) -> float:
     """Compressed bytes of all requests over the read bandwidth: no kernel is faster."""
-    raise NotImplementedError
+    return cache_bytes(shape, layout, bucket) / target.bandwidth_gbps / 1e3
+
+
+def hot_loop(sass: SassFacts) -> Loop:
+    """The loop over tokens: the smallest one with most of the arithmetic. Raises TunerError where there is no loop."""
+    names = ("HMMA",) if count(sass.opcodes, "HMMA") else ("FFMA", "FMUL", "FADD", "HFMA2")
+    most = max((count(loop.opcodes, *names) for loop in sass.loops), default=0)
+    if not most:
+        raise TunerError(f"kernel {sass.kernel} has no loop with arithmetic: the static model cannot tell its time")
+    return min((x for x in sass.loops if count(x.opcodes, *names) >= 0.7 * most), key=lambda x: x.instructions)
+
+
+def _outside(sass: SassFacts, loop: Loop, target: Target) -> Cycles:
+    """Everything around the hot loop, each instruction once: tables, query, epilogue."""
+    rest = {o: n - loop.opcodes.get(o, 0) for o, n in sass.opcodes.items()}
+    return cost(rest, sass.stall_cycles - loop.stall_cycles, target)
+
+
+def _quotas(config: Config, bucket: Bucket, splits: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """(CTAs, groups of each) per request for one set of heads, and how many CTAs share each request."""
+    plan = DecodePlan(config)
+    least = plan.token_warps * plan.tiles
+    groups = [-(-n // GROUP_TOKENS) for n in bucket.lengths()]
+    if config["schedule"] == "stream":
+        quota = max(-(-sum(groups) // splits), least)
+        ctas = -(-sum(groups) // quota)
+        ends = [0]
+        for g in groups:
+            ends.append(ends[-1] + g)
+        return [(ctas, quota)], [-(-b // quota) - a // quota for a, b in pairwise(ends)]
+    shared = []
+    for g in groups:
+        quota = -(-max(-(-g // splits), 1) // least) * least
+        shared.append((-(-g // quota), min(quota, g)))
+    return shared, [n for n, _ in shared]
+
+
+def _reduction_us(config: Config, sharers: list[int], shape: Shape, target: Target) -> float:
+    """Writing and merging partial results of requests that several CTAs share."""
+    slots = sum(n for n in sharers if n > 1)
+    if not slots:
+        return 0.0
+    row_bytes = 4 * (2 + DecodePlan(config).total_dims) * shape.gqa
+    bytes_us = 2 * slots * shape.kv_heads * row_bytes / (_L2_FACTOR * target.bandwidth_gbps * 1e3)
+    latency_us = LATENCY_US[target.arch]
+    if config["reduction"] == "kernel":
+        return bytes_us + latency_us  # the second launch is counted as a kernel
+    last = max(sharers) * config["head_warps"] * row_bytes / _CTA_BYTES_PER_CYCLE / target.clock_mhz
+    return max(bytes_us, last) + 2 * latency_us
+
+
+def _overfetch(config: Config, layout: SlotLayout, shape: Shape) -> float:
+    """Bytes that travel over bytes that are needed, where slots are read one by one and not page by page.
+
+    Half of the excess comes from the L2 cache: it belongs to the neighbouring heads, which other CTAs read.
+    """
+    heads = min(config["head_warps"], shape.kv_heads)
+    if config["load"] == "bulk" or heads == shape.kv_heads:
+        return 1.0
+    run = heads * layout.slot_bytes
+    return 1.0 + (_SECTOR - 2) / run / 2
 
 
 def predict(
     config: Config, built: Built, sass: SassFacts, target: Target, shape: Shape, bucket: Bucket, splits: int
 ) -> Prediction:
-    """Predicted time of one launch of a decode kernel. Raises UsageError where cubin and target do not match."""
-    raise NotImplementedError
+    """Predicted time of one decode call, its reduction included.
+
+    Raises UsageError where cubin and target are of different architectures, or a CTA does not fit on the target.
+    """
+    if built.arch != target.arch:
+        raise UsageError(f"the cubin is for {built.arch}, the target is {target.arch}: build it for {target.arch}")
+    plan, problem = DecodePlan(config), config.problem
+    loop = hot_loop(sass)
+    work = plan.tiles * plan.key_steps * plan.head_tiles * 2 if config["math"] == "mma" else 0
+    trips = max(1, round(work / max(1, count(loop.opcodes, "HMMA")))) if work else 1
+    step = cost(loop.opcodes, loop.stall_cycles, target).times(trips)
+    if problem.layout.format.key_codebook and config["lookup"] == "table":
+        pairs = plan.tiles * GROUP_TOKENS * plan.slice_dims / 2 / 32
+        extra = pairs * (_CONFLICTS[problem.layout.key.bits] - 1)
+        step = step.plus(Cycles(0.0, 0.0, extra, 0.0))
+
+    geometry = decode_geometry(config, batch=bucket.batch, kv_heads=shape.kv_heads, splits=splits)
+    head_groups = geometry.grid[1]
+    quotas, sharers = _quotas(config, bucket, splits)
+    step_groups = plan.token_warps * plan.tiles
+    step_bytes = plan.tiles * plan.token_warps * GROUP_TOKENS * problem.layout.token_bytes * config["head_warps"]
+    stages = 1 if config["load"] == "direct" else config["stages"]
+    merges = config["reduction"] == "kernel"
+    launch = Launch(
+        warps=config["warps"],
+        registers=built.registers,
+        shared_bytes=built.shared_bytes + geometry.shared_bytes,
+        ctas=tuple((n * head_groups, -(-groups // step_groups)) for n, groups in quotas),
+        step=step,
+        once=_outside(sass, loop, target),
+        tiles_in_flight=stages,
+        bytes_in_flight=stages * step_bytes,
+        memory_bytes=cache_bytes(shape, problem.layout, bucket) * _overfetch(config, problem.layout, shape),
+        reduction_us=_reduction_us(config, sharers, shape, target),
+        kernels=2 if merges else 1,
+    )
+    return model(launch, target)
+
+
+def predict_triton(
+    sass: SassFacts,
+    target: Target,
+    shape: Shape,
+    layout: SlotLayout,
+    bucket: Bucket,
+    *,
+    block_kv: int,
+    splits: int,
+    warps: int,
+    heads_per_cta: int = 1,
+    shared_bytes: int = 0,
+) -> Prediction:
+    """Predicted time of a Triton split-KV decode call: rotation of the query, the kernel that ``sass`` is of, merge.
+
+    One CTA of ``warps`` warps serves ``heads_per_cta`` query heads of one split of one request, ``block_kv`` tokens
+    per iteration of its loop. ``shared_bytes`` is Triton's dynamic shared memory. Raises UsageError where cubin and
+    target are of different architectures.
+    """
+    if sass.arch != target.arch:
+        raise UsageError(f"the cubin is for {sass.arch}, the target is {target.arch}: compile it for {target.arch}")
+    loop = hot_loop(sass)
+    heads = -(-shape.q_heads // heads_per_cta)
+    ctas = []
+    for tokens in bucket.lengths():
+        share = max(1, -(-tokens // splits))
+        ctas.append((-(-tokens // share) * heads, -(-share // block_kv)))
+    partials = 2 * sum(n for n, _ in ctas) * heads_per_cta * (layout.head_dim + 1) * 4
+    launch = Launch(
+        warps=warps,
+        registers=sass.registers,
+        shared_bytes=sass.shared_bytes + shared_bytes,
+        ctas=tuple(ctas),
+        step=cost(loop.opcodes, loop.stall_cycles, target),
+        once=_outside(sass, loop, target),
+        tiles_in_flight=1,
+        bytes_in_flight=block_kv * layout.token_bytes,
+        memory_bytes=cache_bytes(shape, layout, bucket),
+        reduction_us=partials / (_L2_FACTOR * target.bandwidth_gbps * 1e3) + LATENCY_US[target.arch],
+        kernels=4 if layout.format.rotates_query else 2,
+    )
+    return model(launch, target)
