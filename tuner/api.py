@@ -12,8 +12,8 @@ from torch import Tensor
 from tuner.arguments import group
 from tuner.errors import TunerError, UsageError
 from tuner.formats import SlotLayout, slot_layout
-from tuner.kernels import Selection, Tables, default_selection
-from tuner.launch import DecodeCall, DequantCall, Workspace
+from tuner.kernels import Selection, Tables, default_decode, default_dequant
+from tuner.launch import DecodeCall, DequantCall, Workspace, cache_order
 from tuner.reference import Codec
 from tuner.reference import store as reference_store
 from tuner.space import Problem
@@ -64,13 +64,14 @@ def decode_attention(
     block_size, kv_heads = kv_cache.shape[-3], kv_cache.shape[-2]
     problem = Problem("decode", head_dim, group(q_heads, kv_heads), cache_format)
     capturing = torch.cuda.is_current_stream_capturing()
+    order = cache_order(kv_cache)
     chosen = None
     if tables is not None:
         context = None if capturing else max_context
-        chosen = tables.select(problem, batch=batch, kv_heads=kv_heads, context=context)
+        chosen = tables.select(problem, batch=batch, kv_heads=kv_heads, context=context, order=order)
     if chosen is None:
         longest = max_context if max_context and not capturing else block_table.shape[1] * block_size
-        chosen = default_selection(problem, device, batch=batch, kv_heads=kv_heads, context=longest)
+        chosen = default_decode(problem, device, order, batch=batch, context=longest)
     result = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
     codec = _codec(problem.layout, kv_cache.device, centroids, signs, channels)
     DecodeCall(
@@ -119,7 +120,7 @@ def dequantize(
     if tables is not None:
         chosen = tables.select(problem, batch=batch, kv_heads=kv_heads)
     if chosen is None:
-        chosen = default_selection(problem, device, batch=batch, kv_heads=kv_heads, context=max_blocks * block_size)
+        chosen = default_dequant(problem, device)
     shape = (batch * max_blocks, block_size, kv_heads, head_dim)
     if out is None:
         key, value = (

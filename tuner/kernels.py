@@ -11,9 +11,10 @@ import torch
 from tuner.errors import TunerError
 from tuner.geometry import split_candidates
 from tuner.launch import LoadedKernel
-from tuner.space import Problem, default_config
+from tuner.space import Config, Problem, default_config
+from tuner.suits import CacheOrder, refusal, suited
 from tuner.table import Choice, Table, find, lookup, read, read_cubin, table_file_name
-from tuner.targets import Target, get_target
+from tuner.targets import Target, attached, get_target
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,30 @@ class Tables:
         self._tables: dict[Problem, tuple[Path, Table] | None] = {}
         self._kernels: dict[str, LoadedKernel] = {}
 
-    def select(self, problem: Problem, *, batch: int, kv_heads: int, context: int | None = None) -> Selection | None:
-        """The table's choice; ``context`` None asks for the one that is valid for every length."""
+    def select(
+        self,
+        problem: Problem,
+        *,
+        batch: int,
+        kv_heads: int,
+        context: int | None = None,
+        order: CacheOrder | None = None,
+    ) -> Selection | None:
+        """The table's choice; ``context`` None asks for the one that is valid for every length.
+
+        None without a table, far from what it covers, or where its kernel cannot read a cache of ``order``.
+        """
         found = self._table(problem)
         if found is None:
             return None
         path, table = found
         choice = lookup(table, batch, context, kv_heads=kv_heads)
-        return None if choice is None else Selection(self._load(path, table, choice), choice.splits)
+        if choice is None:
+            return None
+        kernel = self._load(path, table, choice)
+        if order is not None and refusal(kernel.config, order):
+            return None
+        return Selection(kernel, choice.splits)
 
     def _table(self, problem: Problem) -> tuple[Path, Table] | None:
         if problem not in self._tables:
@@ -67,16 +84,19 @@ class Tables:
         return self._kernels[choice.kernel]
 
 
-def default_selection(problem: Problem, device: int, *, batch: int, kv_heads: int, context: int) -> Selection:
-    """The default configuration, built the first time; splits for requests of up to ``context`` tokens."""
-    kernel, registers, target = _default_kernel(problem, device)
-    if problem.op != "decode":
-        return Selection(kernel, 1)
+def default_dequant(problem: Problem, device: int) -> Selection:
+    """The default configuration of op dequant, built the first time."""
+    return Selection(_built(default_config(problem), device)[0], 1)
+
+
+def default_decode(problem: Problem, device: int, order: CacheOrder, *, batch: int, context: int) -> Selection:
+    """The default configuration that can read the cache; splits for requests of up to ``context`` tokens."""
+    kernel, registers, target = _built(suited(default_config(problem), order), device)
     candidates = split_candidates(
         kernel.config,
         registers=registers,
         batch=max(1, batch),
-        kv_heads=kv_heads,
+        kv_heads=order.kv_heads,
         max_context=max(1, context),
         target=target,
     )
@@ -84,13 +104,13 @@ def default_selection(problem: Problem, device: int, *, batch: int, kv_heads: in
 
 
 @cache
-def _default_kernel(problem: Problem, device: int) -> tuple[LoadedKernel, int, Target]:
+def _built(config: Config, device: int) -> tuple[LoadedKernel, int, Target]:
+    """``config`` compiled and loaded, once per process; also its registers per thread and the device."""
     from tuner.build import BuildFailure, build
     from tuner.render import render
 
     arch = device_arch(device)
-    target = get_target(arch)
-    config = default_config(problem)
+    target = attached(device) or get_target(arch)
     source = render(config)
     built = build([source], [arch])[source.digest, arch]
     if isinstance(built, BuildFailure):

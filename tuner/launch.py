@@ -19,6 +19,7 @@ from tuner.geometry import Geometry, decode_geometry, decode_scratch, dequant_ge
 from tuner.reference import Codec
 from tuner.render import entry_points
 from tuner.space import Config
+from tuner.suits import CacheOrder, refusal
 
 _FREE_SHARED_BYTES = 48 * 1024
 """Dynamic shared memory that a kernel may use without asking for it."""
@@ -202,6 +203,9 @@ class DecodeCall(_Call):
             signs=codec.signs,
             channels=codec.channels,
         )
+        reason = refusal(config, cache_order(kv_cache))
+        if reason:
+            raise UsageError(f"this kernel cannot read this kv_cache: {reason}; a kernel with load=direct can")
         super().__init__(kernel, decode_launches(config, query, kv_cache, splits), params, tensors)
 
 
@@ -236,6 +240,14 @@ class DequantCall(_Call):
             by_block_id=by_block_id,
         )
         super().__init__(kernel, dequant_launches(config, kv_cache, block_table), params, tensors)
+
+
+def cache_order(kv_cache: Tensor) -> CacheOrder:
+    """Address and strides of a cache with 4 or, with separate planes, 5 dimensions."""
+    strides = kv_cache.stride()
+    plane = strides[1] if kv_cache.dim() == 5 else 0
+    block_size, kv_heads = kv_cache.shape[-3:-1]
+    return CacheOrder(kv_cache.data_ptr(), strides[0], plane, strides[-3], strides[-2], block_size, kv_heads)
 
 
 def require_layout(config: Config, codec: Codec) -> None:

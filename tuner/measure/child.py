@@ -31,7 +31,7 @@ from tuner.measure.samples import Failure
 from tuner.measure.timer import Replay, Timer
 from tuner.reference import Case
 from tuner.space import Config, Problem
-from tuner.targets import get_target
+from tuner.targets import attached, get_target
 from tuner.workload import Bucket, Shape
 
 _CHECK_SPLITS = (1, 3, 16)
@@ -46,7 +46,7 @@ class Child:
             raise TunerError("no NVIDIA GPU: torch sees none, so nothing can be timed")
         torch.cuda.set_device(device)
         self.device = device
-        self.target = get_target(device_arch(device))
+        self.target = attached(device) or get_target(device_arch(device))
         self.timer = Timer()
         self.pool = Pool(block_size, pool_bytes, seed)
         self.workspace = Workspace(device)

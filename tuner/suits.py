@@ -1,0 +1,72 @@
+"""Which caches a decode kernel can read: its way of loading wants a memory order and an alignment.
+
+The caller's cache fixes both at run time, so this is no constraint of the space: whoever launches asks here and falls
+back on plain loads (``space.decode.direct_variant``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tuner.space import Config
+from tuner.space.decode import direct_variant
+from tuner.space.plan import GROUP_TOKENS, DecodePlan
+
+
+@dataclass(frozen=True)
+class CacheOrder:
+    """Where a cache lies: its first byte's address, strides in bytes (``plane`` 0 where K and V share a slot)."""
+
+    address: int
+    block: int
+    plane: int
+    token: int
+    head: int
+    block_size: int
+    kv_heads: int
+
+    @staticmethod
+    def standard(config: Config, *, kv_heads: int, block_size: int = 16) -> CacheOrder:
+        """A freshly allocated cache: heads within tokens within blocks, nothing between them."""
+        layout = config.problem.layout
+        token = kv_heads * layout.slot_bytes
+        plane = block_size * token
+        planes = layout.format.separate_planes
+        return CacheOrder(0, plane * (1 + planes), plane * planes, token, layout.slot_bytes, block_size, kv_heads)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Everything that decides where a slot may start."""
+        return self.address, self.block, self.plane, self.token, self.head
+
+
+def refusal(config: Config, order: CacheOrder) -> str | None:
+    """Why a decode kernel cannot read a cache of this ``order``, or None where it can."""
+    if order.block_size % GROUP_TOKENS:
+        return f"block size {order.block_size}: expected a multiple of {GROUP_TOKENS}"
+    if config["load"] == "bulk":
+        return _bulk_refusal(config, order)
+    alignment = DecodePlan(config).alignment
+    if any(stride % alignment for stride in order.strides):
+        return f"slots are not aligned to {alignment} bytes"
+    return None
+
+
+def _bulk_refusal(config: Config, order: CacheOrder) -> str | None:
+    """Bulk copies move runs of 16 tokens: 16-byte aligned, and what one run holds must lie side by side."""
+    heads, slot = config["head_warps"], config.problem.layout.slot_bytes
+    if order.kv_heads % heads:
+        return f"{order.kv_heads} KV heads do not divide into CTAs of {heads} (load=bulk)"
+    head_major = order.token == slot
+    token_major = order.head == slot and order.token == heads * slot
+    if not head_major and not token_major:
+        return f"{heads} heads of a token are not all that lies between tokens (load=bulk)"
+    starts = (order.address, order.block, order.plane, order.head * heads, GROUP_TOKENS * order.token)
+    if any(start % 16 for start in starts) or (head_major and order.head % 16):
+        return "pages are not aligned to 16 bytes (load=bulk)"
+    return None
+
+
+def suited(config: Config, order: CacheOrder) -> Config:
+    """``config``, or its variant with plain loads where it cannot read the cache."""
+    return config if refusal(config, order) is None else direct_variant(config)
