@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -163,14 +162,3 @@ class Space:
         for axis in self.axes:
             n *= len(axis.values)
         return n
-
-    def census(self, problem: Problem, target: Target) -> tuple[int, Counter[str]]:
-        """How many configurations survive, and how many each constraint refuses (one may be refused by several)."""
-        refused: Counter[str] = Counter()
-        alive = 0
-        for values in self:
-            config = Config(problem, tuple(values.items()))
-            reasons = self.refusals(config, target)
-            refused.update(c.name for c in reasons)
-            alive += not reasons
-        return alive, refused
