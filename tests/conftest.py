@@ -1,0 +1,33 @@
+"""GPU tests skip where there is no GPU; the run ends by saying what was skipped and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU: torch sees none"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reasons: dict[str, Counter[str]] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        files = reasons.setdefault(reason.removeprefix("Skipped: "), Counter())
+        files[Path(report.nodeid.partition("::")[0]).name] += 1
+    if not reasons:
+        return
+    terminalreporter.section("not tested here, and why")
+    for reason, files in sorted(reasons.items()):
+        where = ", ".join(f"{name} ({count})" for name, count in sorted(files.items()))
+        terminalreporter.write_line(f"{sum(files.values())} skipped: {reason}: {where}")
