@@ -4,10 +4,10 @@ Arithmetic is float64; only what the byte formats fix (fp16 norms, scales and ze
 quantisation of values, FP8 keys, bf16 outliers) is rounded as they say. Any device works, the CPU is usual.
 """
 
-from tuner.reference.attend import attend, dequantize, store
+from tuner.reference.attention import attend, dequantize, store
 from tuner.reference.cases import Case, bulk_cache, bulk_case, make_cache, synthetic_cache
-from tuner.reference.codebook import codebook, midpoints
 from tuner.reference.codec import Codec, dequantize_key, dequantize_value, quantize_key, quantize_value
+from tuner.reference.lloyd_max import codebook, midpoints
 from tuner.reference.rotation import hadamard, outlier_channels, rotation_signs
 
 __all__ = [

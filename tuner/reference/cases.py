@@ -9,7 +9,7 @@ import torch
 
 from tuner.errors import UsageError
 from tuner.formats import SlotLayout
-from tuner.reference.attend import attend, store
+from tuner.reference.attention import attend, store
 from tuner.reference.codec import Codec
 
 POISON = 0xFF

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tuner.formats import RowLayout, SlotLayout
-from tuner.reference.codebook import codebook, midpoints
+from tuner.reference.lloyd_max import codebook, midpoints
 from tuner.reference.rotation import hadamard, outlier_channels, rotation_signs
 
 FP16_MAX = 65504.0
