@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 import pytest
-import torch
 from emulated import emulate_decode
 from torch import Tensor
 

@@ -61,8 +61,8 @@ def _bulk_refusal(config: Config, order: CacheOrder) -> str | None:
     token_major = order.head == slot and order.token == heads * slot
     if not head_major and not token_major:
         return f"{heads} heads of a token are not all that lies between tokens (load=bulk)"
-    starts = (order.address, order.block, order.plane, order.head * heads, GROUP_TOKENS * order.token)
-    if any(start % 16 for start in starts) or (head_major and order.head % 16):
+    starts = (order.address, order.block, order.plane, GROUP_TOKENS * order.token, order.head if head_major else 0)
+    if any(start % 16 for start in starts):
         return "pages are not aligned to 16 bytes (load=bulk)"
     return None
 
