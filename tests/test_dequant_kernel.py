@@ -163,3 +163,163 @@ def test_matrix(format_name: str, head_dim: int) -> None:
     case = small_case(format_name, head_dim)
     for i, config in enumerate(configs):
         check(config, case, run(config, case, seed=i))
+
+
+# --- hazards ----------------------------------------------------------------------------------------------------------
+
+
+def problem_config(format_name: str, head_dim: int, **changes: int | str) -> Config:
+    return default_config(Problem("dequant", head_dim, 1, format_name)).with_(**changes)
+
+
+def restride(case: Case, *, base: int, head_gap: int = 0, token_gap: int = 0, block_gap: int = 0) -> Case:
+    """The same cache with ``base`` bytes before it and gaps in it; the storage ends with the last slot's last byte."""
+    sizes = case.kv_cache.shape
+    *planes, tokens, heads, slot = sizes[1:]
+    head_stride = slot + head_gap
+    token_stride = heads * head_stride + token_gap
+    plane_stride = tokens * token_stride
+    block_stride = (planes[0] if planes else 1) * plane_stride + block_gap
+    strides = (block_stride, *([plane_stride] if planes else []), token_stride, head_stride, 1)
+    end = base + 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+    view = torch.full((end,), 0xFF, dtype=torch.uint8).as_strided(sizes, strides, base)
+    return replace(case, kv_cache=view.copy_(case.kv_cache))
+
+
+ODD_PLACES = (
+    {"base": 1, "head_gap": 1},
+    {"base": 3, "head_gap": 0, "token_gap": 3, "block_gap": 5},
+    {"base": 2, "head_gap": 6, "block_gap": 1},
+)
+LOADS = ({"load": "direct"}, {"load": "staged", "load_bytes": 4}, {"load": "staged", "load_bytes": 16, "steps": 1})
+
+
+@needs_gxx
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_odd_bases_and_strides(format_name: str) -> None:
+    """Every byte address occurs as a row's, a norm's and an index word's; nothing beyond the storage is read."""
+    configs = [problem_config(format_name, 128, **load) for load in LOADS]
+    compiled(*configs)
+    case = small_case(format_name, 128, kv_heads=3)
+    for config, place in zip(configs, ODD_PLACES, strict=True):
+        odd = restride(case, **place)
+        check(config, odd, run(config, odd))
+
+
+@needs_gxx
+@pytest.mark.parametrize("divide", ["heads", "tokens", "planes"])
+@pytest.mark.parametrize("kv_heads", [1, 3, 5])
+def test_rows_wrap_over_any_number_of_heads(divide: str, kv_heads: int) -> None:
+    config = problem_config("turboquant_3bit_nc", 64, divide=divide)  # four rows per pass
+    case = small_case("turboquant_3bit_nc", 64, kv_heads=kv_heads, q_heads=kv_heads)
+    check(config, case, run(config, case))
+
+
+@needs_gxx
+def test_int64_block_table_and_head_major_padded_blocks() -> None:
+    config = problem_config("turboquant_4bit_nc", 128)
+    case = small_case("turboquant_4bit_nc", 128, index_dtype=torch.int64, order="head", padding=13)
+    check(config, case, run(config, case))
+    check(config, case, run(config, case, by_block_id=True), by_block_id=True)
+
+
+@needs_gxx
+def test_one_table_row_for_all_requests() -> None:
+    config = problem_config("turboquant_seed_dense", 64)
+    case = small_case("turboquant_seed_dense", 64)
+    shared = replace(case, block_table=case.block_table[:1].expand(3, -1), seq_lens=torch.tensor([3, 17, 16], dtype=torch.int32))
+    assert shared.block_table.stride(0) == 0
+    check(config, shared, run(config, shared))
+
+
+@needs_gxx
+def test_early_exit_counts_positions_within_the_request() -> None:
+    """Counted over the flattened table, every block of the later requests would lie beyond their length."""
+    config = problem_config("turboquant_4bit_nc", 64)
+    case = synthetic_cache(slot_layout("turboquant_4bit_nc", 64), (40, 16, 33), q_heads=1, kv_heads=1)
+    outputs = run(config, case)
+    assert expected_rows(case, False)[2].sum() == 40 + 16 + 33
+    check(config, case, outputs)
+
+
+@needs_gxx
+@pytest.mark.parametrize("format_name", ["turboquant_seed", "turboquant_k3v4_nc"])
+@pytest.mark.parametrize("divide", ["heads", "planes"])
+def test_one_side_only(format_name: str, divide: str) -> None:
+    config = problem_config(format_name, 64, divide=divide)
+    case = small_case(format_name, 64)
+    for side in "kv":
+        check(config, case, run(config, case, sides=side), sides=side)
+
+
+@needs_gxx
+@pytest.mark.parametrize("gap", [1, 4])
+def test_output_without_alignment(gap: int) -> None:
+    """Rows that do not start on a chunk's boundary are stored channel by channel; the gaps stay as they are."""
+    config = problem_config("turboquant_outlier", 64)
+    case = small_case("turboquant_outlier", 64)
+    check(config, case, run(config, case, gap=gap))
+
+
+@needs_gxx
+@pytest.mark.parametrize("block_size", [32, 4176, 8320])
+def test_block_sizes(block_size: int) -> None:
+    config = problem_config("turboquant_4bit_nc", 128)
+    case = small_case("turboquant_4bit_nc", 128, block_size=block_size, kv_heads=1, spare_blocks=0)
+    check(config, case, run(config, case, by_block_id=True), by_block_id=True)
+
+
+@needs_gxx
+def test_more_requests_than_a_grid_dimension_holds() -> None:
+    config = problem_config("turboquant_4bit_nc", 64, warps=1, rows=1, steps=1)
+    case = small_case("turboquant_4bit_nc", 64, kv_heads=1, block_size=4)
+    lengths = torch.zeros(65540, dtype=torch.int32)
+    lengths[-1] = 3
+    table = torch.full((65540, 1), -1, dtype=torch.int32)
+    table[-1] = case.block_table[0, 0]
+    many = replace(case, seq_lens=lengths, block_table=table)
+    check(config, many, run(config, many, by_block_id=True), by_block_id=True)
+
+
+@needs_gxx
+def test_widest_cta() -> None:
+    config = problem_config("turboquant_seed", 256, warps=32, rows=1, steps=1, lookup="table")
+    case = small_case("turboquant_seed", 256)
+    check(config, case, run(config, case))
+
+
+@needs_gxx
+@pytest.mark.parametrize("format_name", ["turboquant_k8v4", "turboquant_4bit_nc"])
+def test_extreme_fields(format_name: str) -> None:
+    """Zero and huge norms, infinite and NaN scales, every FP8 byte: as the reference says, bit by bit where exact."""
+    config = problem_config(format_name, 256)
+    case = small_case(format_name, 256)
+    layout = case.layout
+    block = int(case.block_table[0, 0])
+    slots = case.kv_cache[block]
+    if layout.key.norm_offset is None:
+        slots[0, 0, :256] = torch.arange(256, dtype=torch.uint8)
+    else:
+        for token, bits in enumerate((0x0000, 0x7BFF, 0x0001)):  # 0, the largest, the smallest
+            slots[token, :, layout.key.norm_offset] = bits & 255
+            slots[token, :, layout.key.norm_offset + 1] = bits >> 8
+    fields = layout.value_offset + layout.value.scale_offset  # type: ignore[operator]
+    for token, (scale, zero) in enumerate(((0x7C00, 0), (0x7E00, 0), (0x0001, 0x8001), (0x7BFF, 0xFBFF))):
+        slots[token, :, fields : fields + 4] = torch.tensor([scale & 255, scale >> 8, zero & 255, zero >> 8], dtype=torch.uint8)
+    check(config, case, run(config, case))
+
+
+# --- what the compiler makes of it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+@pytest.mark.parametrize("arch", ["sm_121", "sm_90"])
+def test_default_and_seed_layouts_do_not_spill(arch: str) -> None:
+    problems = [Problem("dequant", 256, 1, f) for f in FORMATS]
+    problems += [Problem("dequant", 512, 1, f) for f in ("turboquant_4bit_nc", "turboquant_seed")]
+    configs = [default_config(p) for p in problems] + [seed_config(problems[1])]
+    results = build([render(c) for c in configs], [arch])
+    assert len(results) == len(configs)
+    for built in results.values():
+        assert not hasattr(built, "message"), built
+        assert built.spill_bytes == 0, built
