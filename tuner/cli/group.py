@@ -48,9 +48,10 @@ class Verbs(click.Group):
         return command
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        own = {"-h", "--help", "--version"}
-        if not args or (args[0].startswith("-") and not own.intersection(args)):
-            args = [DEFAULT_VERB, *args]
+        if not args or args[0].startswith("-"):
+            # Only options: the verb tune, whose help is this group's own page.
+            about = [arg for arg in args if arg in ("-h", "--help", "--version")]
+            args = about[:1] or [DEFAULT_VERB, *args]
         return super().parse_args(ctx, args)
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, Any, list[str]]:

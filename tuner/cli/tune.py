@@ -126,7 +126,6 @@ def read_requests(
     """One request per distinct problem of ``workload``, all checked before anything is built. Raises UsageError."""
     from tuner.cli.helpers import expect_attached
     from tuner.formats import get_format
-    from tuner.search import TuneRequest
     from tuner.space import get_space
 
     _expect("--trials", trials, 1, MAX_TRIALS)
@@ -135,36 +134,38 @@ def read_requests(
     if timeout is not None and not timeout > 0:
         raise UsageError(f"--timeout is {timeout:g}: expected more than 0 seconds")
     get_format(cache_format)
-    devices = gpus or (0,)
-    target, evidence = read_target(arch, devices[0])
-    if gpus:
-        expect_attached(target.arch, gpus)
     shapes = {problem_of(shape, op, cache_format): shape for shape, _ in workload.shapes if not shape.sliding}
     if not shapes:
         raise UsageError(f"every layer of {workload.name} has a sliding window, and those keep vLLM's own kernel")
     restrict = {"warps": warps} if warps else {}
-    requests = []
-    for problem, shape in shapes.items():
+    for problem in shapes:
         get_space(problem.op).restricted(restrict)
-        requests.append(
-            TuneRequest(
-                problem=problem,
-                shape=shape,
-                buckets=workload.buckets,
-                target=target,
-                evidence=evidence,
-                trials=trials,
-                timeout_s=timeout,
-                seed=seed,
-                storage=storage,
-                resume=resume,
-                workers=workers,
-                output=output,
-                restrict=restrict,
-                device=devices[0],
-            )
+    devices = gpus or (0,)
+    target, evidence = read_target(arch, devices[0])  # last, because it loads torch
+    if gpus:
+        expect_attached(target.arch, gpus)
+
+    from tuner.search import TuneRequest
+
+    return [
+        TuneRequest(
+            problem=problem,
+            shape=shape,
+            buckets=workload.buckets,
+            target=target,
+            evidence=evidence,
+            trials=trials,
+            timeout_s=timeout,
+            seed=seed,
+            storage=storage,
+            resume=resume,
+            workers=workers,
+            output=output,
+            restrict=restrict,
+            device=devices[0],
         )
-    return requests
+        for problem, shape in shapes.items()
+    ]
 
 
 def _expect(option: str, value: int | None, low: int, high: int) -> None:

@@ -1,0 +1,382 @@
+"""The command line as its users meet it: real processes, exit codes, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tuner.render import render
+from tuner.space import Problem, default_config
+from tuner.table import BatchEntry, BucketEntry, Device, Kernel, Provenance, Table, Timing, kernel_id, write
+
+ROOT = Path(__file__).resolve().parents[1]
+TUNE = ROOT / "tune.py"
+Done = subprocess.CompletedProcess[str]
+
+
+def tune(*args: object, cwd: Path, timeout: float = 120, **env: str) -> Done:
+    """Runs ``python tune.py *args`` in ``cwd``, where build/ and everything else it writes will be."""
+    command = [sys.executable, str(TUNE), *map(str, args)]
+    environment = {k: v for k, v in os.environ.items() if k != "VLLM_TUNED_CONFIG_FOLDER"} | env
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def refused(done: Done, code: int, *words: str) -> None:
+    """``done`` failed with ``code`` and one line on standard error that has all ``words``."""
+    assert done.returncode == code, done.stdout + done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert not [word for word in words if word not in lines[0]], lines[0]
+    assert "unexpected" not in lines[0]
+
+
+def make_table(folder: Path, *, evidence: str = "measured", digest: str | None = None, context: int = 4096) -> Path:
+    """A table of one kernel in ``folder``. Its cubin is not code: nothing here loads it."""
+    problem = Problem("decode", 128, 4, "turboquant_4bit_nc")
+    config = default_config(problem)
+    cubin = b"cubin of one kernel"
+    sha = hashlib.sha256(cubin).hexdigest()
+    name = kernel_id("sm_121", sha)
+    timing = Timing(context, False, 20.0, 19.5, 20.5, 15.0, {"triton": 200.0}, "memory")
+    kernel = Kernel(name, config.params, digest or render(config).digest, sha, "sm_121", 128, 40960, 0)
+    table = Table(
+        problem=problem,
+        kv_heads=8,
+        device=Device("NVIDIA GB10", "sm_121", 48),
+        provenance=Provenance("2026-01-02T03:04:05Z", 0),
+        evidence=evidence,
+        kernels=(kernel,),
+        by_batch=(BatchEntry(1, name, 4, 1.0, 1.0, (timing,)),),
+        by_batch_and_context=(BucketEntry(1, name, 4, timing),),
+    )
+    return write(table, folder, {name: cubin})
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def seconds(*command: str) -> float:
+    """Least processor time of three runs: what a machine that is not busy takes. Coverage stays out of it."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("COV")}
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run(command, check=True, capture_output=True, env=environment, cwd=ROOT)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(times)
+
+
+def test_help_is_quick() -> None:
+    assert seconds(sys.executable, str(TUNE), "--help") < 0.5
+
+
+def test_import_is_quick_and_light() -> None:
+    assert seconds(sys.executable, "-c", "import tuner") < 0.3
+    heavy = "{'torch', 'triton', 'optuna', 'cupy', 'jinja2', 'numpy', 'rich'}"
+    code = f"import sys, tuner, tuner.cli; print(*{heavy} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == ""
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+def test_help_teaches_options_examples_and_verbs(tmp_path: Path) -> None:
+    done = tune("--help", cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    verbs = ("export", "install", "bench", "verify", "explain", "report", "space", "doctor")
+    options = ("model", "head-dim", "kv-cache-dtype", "gqa", "op", "arch", "warps", "trials", "timeout", "workers")
+    options += ("gpus", "storage", "resume", "no-resume", "seed", "output", "debug")
+    for word in (*verbs, *(f"--{option}" for option in options), "python tune.py --head-dim 256"):
+        assert word in done.stdout
+    # Options alone mean the verb tune, so its help is the same page.
+    assert tune("--op", "dequant", "--help", cwd=tmp_path).stdout == done.stdout
+
+
+@pytest.mark.parametrize(
+    "verb", ["tune", "export", "install", "bench", "verify", "explain", "report", "space", "doctor"]
+)
+def test_every_verb_explains_itself(verb: str, tmp_path: Path) -> None:
+    done = tune(verb, "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "--debug" in done.stdout
+
+
+def test_version(tmp_path: Path) -> None:
+    from tuner import __version__
+
+    assert __version__ in tune("--version", cwd=tmp_path).stdout
+
+
+# --- bad usage --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("", ("neither", "--head-dim", "--model")),
+        ("--head-dim 96", ("head dim 96", "64, 128, 256, 512")),
+        ("--head-dim many", ("many", "--head-dim")),
+        ("--head-dim 256 --model qwen3-4b", ("both",)),
+        ("--model no-such-model", ("no-such-model", "qwen3-4b", "config.json")),
+        ("--model qwen3-4b --gqa 4", ("--gqa", "--model")),
+        ("--head-dim 256 --gqa 17", ("group size 17",)),
+        ("--head-dim 256 --gqa 0", ("group size 0",)),
+        ("--head-dim 256 --kv-cache-dtype fp8", ("fp8", "turboquant_4bit_nc")),
+        ("--head-dim 256 --op prefill", ("prefill", "decode, dequant")),
+        ("--head-dim 256 --arch sm_70", ("sm_70", "sm_121")),
+        ("--head-dim 256 --warps 3", ("warps", "3")),
+        ("--head-dim 256 --warps 1,,2", ("1,,2",)),
+        ("--head-dim 256 --trials 0", ("--trials", "0")),
+        ("--head-dim 256 --trials -5", ("--trials", "-5")),
+        ("--head-dim 256 --trials 999999999", ("--trials", "100000")),
+        ("--head-dim 256 --timeout 0", ("--timeout",)),
+        ("--head-dim 256 --timeout nan", ("--timeout",)),
+        ("--head-dim 256 --workers 0", ("--workers",)),
+        ("--head-dim 256 --seed -1", ("--seed",)),
+        ("--head-dim 256 --gpus 99", ("GPU 99", "not attached")),
+        ("--head-dim 256 --no-such-option", ("--no-such-option",)),
+        ("frobnicate", ("frobnicate", "doctor")),
+        ("space --head-dim 100", ("head dim 100",)),
+        ("bench --model qwen3-4b --concurrency 0", ("at least 1",)),
+        ("explain --batch 0", ("--batch",)),
+        ("verify no/such/table.json", ("no/such/table.json",)),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(args: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    refused(tune(*args.split(), cwd=tmp_path), 2, *words)
+    assert not any(tmp_path.iterdir()), "nothing may be written for a request that is wrong"
+
+
+def test_config_without_attention_fields(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"model_type": "resnet", "num_channels": 3}')
+    refused(tune("--model", config, cwd=tmp_path), 2, "config.json")
+
+
+def test_debug_keeps_the_traceback(tmp_path: Path) -> None:
+    done = tune("--head-dim", "96", "--debug", cwd=tmp_path)
+    assert done.returncode != 0 and "Traceback" in done.stderr and "UsageError" in done.stderr
+
+
+# --- what the machine lacks -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output", ["file/tables", "/proc/tables"])
+def test_unwritable_output_is_told_before_anything_is_built(output: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    refused(tune("--head-dim", 256, "--output", output, cwd=tmp_path), 1, "cannot write", output)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_no_compiler(tmp_path: Path) -> None:
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    refused(tune("--head-dim", 256, cwd=tmp_path, PATH=str(empty), CUDA_HOME="", CUDA_PATH=""), 1, "nvcc")
+
+
+def test_storage_that_does_not_answer(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/no/such/folder/study.db"
+    refused(tune("--head-dim", 256, "--trials", 1, "--storage", url, cwd=tmp_path), 1, "study.db")
+
+
+def test_storage_that_is_no_url(tmp_path: Path) -> None:
+    done = tune("--head-dim", 256, "--trials", 1, "--storage", "not a url", cwd=tmp_path)
+    refused(done, done.returncode, "not a url")
+    assert done.returncode in (1, 2)
+
+
+def test_bench_without_a_gpu_says_so(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here: what is tested is a machine without one")
+    refused(tune("bench", "--model", "qwen3-4b", cwd=tmp_path), 1, "GPU 0", "doctor")
+
+
+# --- verbs on tables --------------------------------------------------------------------------------------------------
+
+
+def test_verify_accepts_what_was_written(tmp_path: Path) -> None:
+    path = make_table(tmp_path)
+    for argument in (path, tmp_path):
+        done = tune("verify", argument, cwd=tmp_path)
+        assert done.returncode == 0 and done.stdout.split() == ["ok", str(path)]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "schema", "hash", "climbs"])
+def test_verify_and_install_refuse_broken_tables(damage: str, tmp_path: Path) -> None:
+    path = make_table(tmp_path / "tables")
+    cubin = next((tmp_path / "tables/kernels").iterdir())
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:300])
+    elif damage == "hash":
+        cubin.write_bytes(b"another cubin")
+    else:
+        data = json.loads(path.read_text())
+        if damage == "schema":
+            data["schema_version"] = 99
+        else:
+            kernel = data["kernels"].pop(cubin.stem)
+            data["kernels"]["../../" + cubin.stem] = kernel
+        path.write_text(json.dumps(data))
+    refused(tune("verify", path, cwd=tmp_path), 1, "1 of 1 tables")
+    folder = tmp_path / "vllm"
+    refused(tune("install", path, cwd=tmp_path, VLLM_TUNED_CONFIG_FOLDER=str(folder)), 1)
+    assert not folder.exists()
+
+
+def test_install_dry_run_then_install_then_uninstall(tmp_path: Path) -> None:
+    path = make_table(tmp_path / "tables")
+    folder = tmp_path / "vllm"
+    folder.mkdir()
+    (folder / "E=8,N=4096,device_name=NVIDIA_GB10.json").write_text("{}")
+    env = {"VLLM_TUNED_CONFIG_FOLDER": str(folder)}
+
+    done = tune("install", path, "--dry-run", cwd=tmp_path, **env)
+    assert done.returncode == 0 and "would write" in done.stdout
+    assert len(list(folder.iterdir())) == 1
+
+    done = tune("install", path, cwd=tmp_path, **env)
+    assert done.returncode == 0 and "wrote" in done.stdout
+    assert (folder / path.name).read_bytes() == path.read_bytes()
+    assert tune("verify", folder / path.name, cwd=tmp_path).returncode == 0
+
+    # Another context joins the one that is there.
+    other = make_table(tmp_path / "other", context=65536)
+    assert "merged" in tune("install", other, cwd=tmp_path, **env).stdout
+    merged = json.loads((folder / path.name).read_text())
+    assert [e["timing"]["context"] for e in merged["by_batch_and_context"]] == [4096, 65536]
+
+    assert "would remove" in tune("install", "--uninstall", "--dry-run", cwd=tmp_path, **env).stdout
+    assert tune("install", "--uninstall", cwd=tmp_path, **env).returncode == 0
+    assert [p.name for p in folder.iterdir()] == ["E=8,N=4096,device_name=NVIDIA_GB10.json"]
+    assert "nothing of ours" in tune("install", "--uninstall", cwd=tmp_path, **env).stdout
+
+
+def test_install_without_the_variable_uses_vllms_own_folder(tmp_path: Path) -> None:
+    path = make_table(tmp_path / "tables")
+    done = tune("install", path, cwd=tmp_path, VLLM_CONFIG_ROOT=str(tmp_path / "config"))
+    assert done.returncode == 0
+    assert (tmp_path / "config/tuned" / path.name).is_file()
+
+
+def test_install_refuses_predictions_unless_allowed(tmp_path: Path) -> None:
+    path = make_table(tmp_path / "tables", evidence="predicted")
+    env = {"VLLM_TUNED_CONFIG_FOLDER": str(tmp_path / "vllm")}
+    refused(tune("install", path, cwd=tmp_path, **env), 1, "predicted", "--allow-predicted")
+    assert not (tmp_path / "vllm").exists()
+    assert tune("install", path, "--allow-predicted", cwd=tmp_path, **env).returncode == 0
+
+
+def test_explain_names_kernel_limit_and_evidence(tmp_path: Path) -> None:
+    path = make_table(tmp_path)
+    done = tune("explain", path, "--batch", 1, "--context", 4096, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "measured" in done.stdout and "75%" in done.stdout
+
+
+def test_export_has_the_source_only_where_it_is_the_kernels(tmp_path: Path) -> None:
+    path = make_table(tmp_path / "fresh")
+    done = tune("export", path, "--to", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (source,) = (tmp_path / "out").rglob("*.cu")
+    assert "wph_decode" in source.read_text()
+
+    stale = make_table(tmp_path / "stale", digest="0" * 64)
+    done = tune("export", stale, "--to", tmp_path / "out2", cwd=tmp_path)
+    assert done.returncode == 0 and "older templates" in done.stdout
+    assert not list((tmp_path / "out2").rglob("*.cu"))
+
+
+def test_report_on_the_terminal_and_as_a_page(tmp_path: Path) -> None:
+    path = make_table(tmp_path)
+    done = tune("report", path, cwd=tmp_path)
+    assert done.returncode == 0 and "measured" in done.stdout and "10.0 x" in done.stdout
+    assert tune("report", path, "--html", tmp_path / "r/page.html", cwd=tmp_path).returncode == 0
+    assert "<svg" in (tmp_path / "r/page.html").read_text()
+
+
+def test_tables_are_found_in_build_by_default(tmp_path: Path) -> None:
+    path = make_table(tmp_path / "build/tables")
+    assert path.name in tune("verify", cwd=tmp_path).stdout
+
+
+# --- space, doctor ----------------------------------------------------------------------------------------------------
+
+
+def test_space_counts_and_gives_reasons(tmp_path: Path) -> None:
+    done = tune("space", "--head-dim", 128, "--arch", "sm_121", "--op", "dequant", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("axes", "warps", "constraints", "shared_memory", "left to search"):
+        assert word in done.stdout
+
+
+def test_doctor_answers_without_a_gpu_and_without_a_compiler(tmp_path: Path) -> None:
+    done = tune("doctor", cwd=tmp_path, PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for word in ("nvcc", "g++", "GPU", "torch", "->"):
+        assert word in done.stdout
+
+
+def test_output_that_nobody_reads_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} {TUNE} space --head-dim 128 --arch sm_121 --op dequant | head -n 1"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stderr == ""
+
+
+# --- a search, without a GPU ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    """A finished search of four kernels for an absent GPU, and the folder it ran in."""
+    folder = tmp_path_factory.mktemp("search")
+    return folder, tune("--head-dim", 128, "--arch", "sm_121", "--trials", 4, cwd=folder, timeout=300)
+
+
+def test_search_ends_with_winners_and_the_tables_path(searched: tuple[Path, Done]) -> None:
+    folder, done = searched
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    (path,) = (folder / "build/tables").glob("turboquant_decode,head_dim=128,*.json")
+    assert lines[-1] == f"dispatch table: {path.relative_to(folder)}"
+    assert any("trial 4/4" in line for line in lines)
+    rows = [line for line in lines if line.count(" x") and "predicted" in line and "│" in line]
+    table = json.loads(path.read_text())
+    assert table["evidence"] == "predicted" and len(rows) == len(table["by_batch_and_context"])
+    assert tune("verify", cwd=folder).returncode == 0
+
+
+def test_second_search_compiles_nothing(searched: tuple[Path, Done]) -> None:
+    folder, _ = searched
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.cubin") if "tables" not in p.parts}
+    done = tune("--head-dim", 128, "--arch", "sm_121", "--trials", 4, cwd=folder, timeout=300)
+    assert done.returncode == 0, done.stderr
+    after = {p: p.stat().st_mtime_ns for p in folder.rglob("*.cubin") if "tables" not in p.parts}
+    assert before and before == after
+
+
+def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:
+    command = [sys.executable, str(TUNE), "--head-dim", "128", "--arch", "sm_121", "--trials", "64"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()  # the heading: the search is about to begin
+    time.sleep(3)
+    os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does: the whole group gets it
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [line for line in error.splitlines() if "goes on from there" in line] == error.splitlines()
