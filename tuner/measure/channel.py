@@ -120,7 +120,7 @@ class Channel:
     def _crashed(self, op: str) -> Failure:
         assert self._process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)  # it closed its output: its exit status follows
+            self._process.wait(2)  # it closed its output: its exit status follows
         status = self._process.poll()
         self.close()
         where = f" (see {self.log})" if self.log else ""

@@ -20,7 +20,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from tuner.baselines import get_baseline, prepare, survey
+from tuner.baselines import get_baseline, prepare, split_name
 from tuner.check import CheckResult, check_decode, check_dequant
 from tuner.errors import TunerError
 from tuner.geometry import split_candidates
@@ -30,7 +30,7 @@ from tuner.measure.pool import Pool
 from tuner.measure.samples import Failure
 from tuner.measure.timer import Replay, Timer
 from tuner.reference import Case
-from tuner.space import Config, Problem
+from tuner.space import Config
 from tuner.targets import attached, get_target
 from tuner.workload import Bucket, Shape
 
@@ -98,12 +98,11 @@ class Child:
     def baseline(self, request: dict[str, Any]) -> list[dict[str, Any]]:
         """Short runs of one baseline on every bucket that it has the memory for."""
         shape, name = Shape(**request["shape"]), request["name"]
-        self._require_available(name, Problem(request["op"], *self._rest_of_problem(request, shape)))
         cases = self.pool.cases(shape, request["cache_format"], [Bucket(**b) for b in request["buckets"]])
         timings = []
         for key, case in cases.items():
             with suppress(torch.cuda.OutOfMemoryError):
-                sample = self.timer.short(self.timer.capture(self._prepare_baseline(name, case)))
+                sample = self.timer.short(self.timer.capture(self._prepare_baseline(name, request["op"], case)))
                 timings.append({"bucket": key, "splits": 0, "sample": asdict(sample)})
             self._release()
         return timings
@@ -111,7 +110,10 @@ class Child:
     def race(self, request: dict[str, Any]) -> dict[str, Any]:
         """Interleaved rounds of kernels and baselines on one bucket."""
         shape, bucket = Shape(**request["shape"]), Bucket(**request["bucket"])
-        case = self.pool.cases(shape, request["cache_format"], [bucket])[bucket.key]
+        cases = self.pool.cases(shape, request["cache_format"], [bucket])
+        if bucket.key not in cases:
+            raise TunerError(f"bucket {bucket.key} does not fit: its cache needs more memory than may be used")
+        case = cases[bucket.key]
         kernels: list[LoadedKernel] = []
         replays: dict[str, Replay] = {}
         failures: dict[str, dict[str, Any]] = {}
@@ -119,8 +121,7 @@ class Child:
             name = contestant["name"]
             try:
                 if contestant["config"] is None:
-                    self._require_available(name, Problem(request["op"], *self._rest_of_problem(request, shape)))
-                    call = self._prepare_baseline(name, case)
+                    call = self._prepare_baseline(name, request["op"], case)
                 else:
                     config = Config.from_dict(contestant["config"])
                     kernels.append(LoadedKernel.load(Path(contestant["cubin"]), config, self.device))
@@ -190,17 +191,15 @@ class Child:
             self._dequantized[shape] = (key, value)
         return self._dequantized[shape]
 
-    def _prepare_baseline(self, name: str, case: Case) -> Callable[[], Any]:
-        return prepare(name, self.pool.inputs(case, dense=get_baseline(name).kind == "peer"))
+    def _prepare_baseline(self, name: str, op: str, case: Case) -> Callable[[], Any]:
+        baseline = get_baseline(split_name(name)[0])
+        if baseline.op != op:
+            raise TunerError(f"baseline {name} is of op {baseline.op}: expected one of op {op}")
+        return prepare(name, self.pool.inputs(case, dense=baseline.kind == "peer"))
 
-    def _require_available(self, name: str, problem: Problem) -> None:
-        get_baseline(name)
-        reason = next((a.reason for a in survey("cuda", problem) if a.name == name), f"it is not of op {problem.op}")
-        if reason:
-            raise TunerError(f"baseline {name}: {reason}")
-
-    def _rest_of_problem(self, request: dict[str, Any], shape: Shape) -> tuple[int, int, str]:
-        return shape.head_dim, shape.gqa if request["op"] == "decode" else 1, request["cache_format"]
+    def forget_scratch(self) -> None:
+        """New scratch: a kernel that went wrong may have left counters that are not zero."""
+        self.workspace = Workspace(self.device)
 
     def _release(self) -> None:
         gc.collect()
@@ -251,6 +250,8 @@ def serve(requests: TextIO, answers: TextIO, make: Callable[[], Child]) -> int:
         answers.flush()
         if lost:
             return _LOST_CONTEXT
+        if child is not None and isinstance(answer, Failure):
+            child.forget_scratch()
     return 0
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import statistics
+from collections import deque
 
 _SM_CLOCK = 1
 DROP = 0.9
-"""A sample counts as throttled below this share of the highest clock seen."""
+"""A sample counts as throttled below this share of the usual clock."""
+_MEMORY = 128
+"""Readings whose median is the usual clock: an idle GPU may boost higher than any kernel lets it."""
 
 
 class Clock:
     """Reads the SM clock of the GPU with this UUID ("GPU-..."); every reading is None where NVML fails."""
 
     def __init__(self, uuid: str) -> None:
-        self.highest_mhz = 0.0
+        self._readings: deque[float] = deque(maxlen=_MEMORY)
         self._handle: ctypes.c_void_p | None = None
         try:
             self._library = ctypes.CDLL("libnvidia-ml.so.1")
@@ -32,9 +36,9 @@ class Clock:
         value = ctypes.c_uint()
         if self._library.nvmlDeviceGetClockInfo(self._handle, _SM_CLOCK, ctypes.byref(value)) != 0:
             return None
-        self.highest_mhz = max(self.highest_mhz, float(value.value))
-        return float(value.value)
+        self._readings.append(float(value.value))
+        return self._readings[-1]
 
     def throttled(self, clock_mhz: float | None) -> bool:
         """Whether the clock had dropped; False where it could not be read."""
-        return clock_mhz is not None and clock_mhz < DROP * self.highest_mhz
+        return clock_mhz is not None and clock_mhz < DROP * statistics.median(self._readings)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from tuner.baselines import DecodeInputs
-from tuner.errors import TunerError
 from tuner.formats import SlotLayout, slot_layout
 from tuner.reference import Case, Codec, bulk_cache
 from tuner.workload import Bucket, Shape
@@ -29,16 +28,14 @@ class Pool:
         self._cases: dict[tuple[str, int], Case] = {}
 
     def cases(self, shape: Shape, cache_format: str, buckets: Sequence[Bucket]) -> dict[str, Case]:
-        """A case per bucket that fits, by bucket key. Raises TunerError where none does."""
+        """A case per bucket that fits, by bucket key."""
         layout = slot_layout(cache_format, shape.head_dim)
         block_bytes = self._block_size * shape.kv_heads * layout.token_bytes
         self._select(layout, shape.kv_heads)
         limit = self._budget() // block_bytes
         fitting = [bucket for bucket in buckets if self._blocks(bucket) <= limit]
-        if not fitting:
-            need = min(map(self._blocks, buckets), default=0) * block_bytes
-            raise TunerError(f"no bucket fits: the smallest needs {need} bytes, {limit * block_bytes} may be used")
-        self._grow(layout, shape.kv_heads, max(map(self._blocks, fitting)))
+        if fitting:
+            self._grow(layout, shape.kv_heads, max(map(self._blocks, fitting)), limit)
         return {bucket.key: self._case(layout, shape, bucket) for bucket in fitting}
 
     def inputs(self, case: Case, *, dense: bool) -> DecodeInputs:
@@ -68,9 +65,12 @@ class Pool:
         held = 0 if self._cache is None else self._cache.numel()
         return int(_SHARE * (torch.cuda.mem_get_info()[0] + held))
 
-    def _grow(self, layout: SlotLayout, kv_heads: int, blocks: int) -> None:
-        if self._cache is not None and self._cache.shape[0] >= blocks:
-            return
+    def _grow(self, layout: SlotLayout, kv_heads: int, blocks: int, limit: int) -> None:
+        """Makes room for ``blocks``; at least doubles, because buckets tend to come in ascending order."""
+        if self._cache is not None:
+            if self._cache.shape[0] >= blocks:
+                return
+            blocks = max(blocks, min(limit, 2 * self._cache.shape[0]))
         self._cache = None
         self._cases.clear()
         torch.cuda.empty_cache()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -15,11 +17,22 @@ _MIN_FLUSH_BYTES = 256 << 20
 _WARM_UP = 3
 _SHORT_RUN = 9
 _FEW_ABOVE_US = 20_000.0  # a call this slow is ranked on few samples: it will not win
-_ROUNDS_PER_LOOK = 8
-_MIN_ROUNDS = 16
+_FIRST_LOOK = 16  # rounds
+_NEXT_LOOK = 1.3  # times as many: the bootstrap costs more than the rounds
 _CLOSE_ENOUGH = 0.01
 
 Replay = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A graph, and the call that keeps the memory it works on."""
+
+    graph: torch.cuda.CUDAGraph
+    call: Callable[[], object]
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 class Timer:
@@ -44,7 +57,7 @@ class Timer:
             finally:
                 graph.capture_end()
         torch.cuda.current_stream().wait_stream(self._side)
-        return graph.replay
+        return _Captured(graph, call)
 
     def short(self, replay: Replay) -> Sample:
         """A quick median for ranking: a few samples, the CPU waiting only after all of them."""
@@ -71,23 +84,21 @@ class Timer:
         rounds: list[dict[str, float]] = []
         clocks: list[float | None] = []
         deadline = time.monotonic() + budget_s
+        look = _FIRST_LOOK
         self._batch([replays[name] for name in order for _ in range(_WARM_UP)])
         while True:
-            for _ in range(_ROUNDS_PER_LOOK):
+            while len(rounds) < look and (len(rounds) < 2 or time.monotonic() < deadline):
                 shuffler.shuffle(order)
                 rounds.append(dict(zip(order, self._batch([replays[name] for name in order]), strict=True)))
                 clocks.append(self.clock.read_mhz())
-            kept = [i for i, c in enumerate(clocks) if not self.clock.throttled(c)] or list(range(len(rounds)))
+            dropped = [self.clock.throttled(c) for c in clocks]
+            kept = [i for i, drop in enumerate(dropped) if not drop] or list(range(len(rounds)))
             times = {name: [rounds[i][name] for i in kept] for name in replays}
-            late = time.monotonic() >= deadline
-            if len(kept) < _MIN_ROUNDS and not late:
-                continue
-            seen = sorted(c for i in kept if (c := clocks[i]) is not None)
-            middle = seen[len(seen) // 2] if seen else None
-            throttled = sum(map(self.clock.throttled, clocks))
-            samples = {n: Sample.of(t, clock_mhz=middle, throttled=throttled) for n, t in times.items()}
-            if late or all(sample.relative_ci < _CLOSE_ENOUGH for sample in samples.values()):
+            middle = _median([c for i in kept if (c := clocks[i]) is not None])
+            samples = {n: Sample.of(t, clock_mhz=middle, throttled=sum(dropped)) for n, t in times.items()}
+            if time.monotonic() >= deadline or all(s.relative_ci < _CLOSE_ENOUGH for s in samples.values()):
                 return times, samples
+            look = int(_NEXT_LOOK * len(rounds)) + 1
 
     def _batch(self, replays: list[Replay]) -> list[float]:
         """Microseconds of each replay, the L2 flushed before each; one wait at the end."""
@@ -99,3 +110,7 @@ class Timer:
             end.record()
         torch.cuda.synchronize()
         return [1000.0 * start.elapsed_time(end) for start, end in events]
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
