@@ -11,7 +11,8 @@ from tuner.table.schema import Table
 from tuner.targets import Target
 from tuner.workload import Bucket, Shape
 
-FAILURE_KINDS = ("constraint", "compile", "resource", "wrong result", "timeout", "crash")
+FAILURE_KINDS = ("constraint", "compile", "resource", "wrong result", "timeout", "crash", "error")
+"""The last one is not the configuration's fault (a GPU that went away, say) and so says nothing about it."""
 
 
 @dataclass(frozen=True)

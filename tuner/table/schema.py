@@ -185,11 +185,13 @@ def to_json(table: Table) -> dict[str, Any]:
         "kernels": {k.id: _kernel_json(k) for k in table.kernels},
         "by_batch": {
             str(e.batch): _choice_json(e)
-            | {"worst_ratio": e.worst_ratio, "mean_ratio": e.mean_ratio, "timings": [_timing_json(t) for t in e.timings]}
+            | {"worst_ratio": e.worst_ratio, "mean_ratio": e.mean_ratio}
+            | {"timings": [_timing_json(t) for t in e.timings]}
             for e in table.by_batch
         },
         "by_batch_and_context": [
-            {"batch": e.batch} | _choice_json(e) | {"timing": _timing_json(e.timing)} for e in table.by_batch_and_context
+            {"batch": e.batch} | _choice_json(e) | {"timing": _timing_json(e.timing)}
+            for e in table.by_batch_and_context
         ],
     }
 
@@ -202,13 +204,16 @@ def from_json(data: Mapping[str, Any]) -> Table:
         device=Device(**data["device"]),
         provenance=Provenance(**{**data["provenance"], "history": tuple(data["provenance"]["history"])}),
         evidence=data["evidence"],
-        kernels=tuple(
-            Kernel(id=i, **{**k, "params": tuple(k["params"].items())}) for i, k in data["kernels"].items()
-        ),
+        kernels=tuple(Kernel(id=i, **{**k, "params": tuple(k["params"].items())}) for i, k in data["kernels"].items()),
         by_batch=tuple(
             BatchEntry(
-                int(batch), e["kernel"], e["splits"], e["worst_ratio"], e["mean_ratio"],
-                tuple(_timing(t) for t in e["timings"]), _runner_up(e["runner_up"]),
+                int(batch),
+                e["kernel"],
+                e["splits"],
+                e["worst_ratio"],
+                e["mean_ratio"],
+                tuple(_timing(t) for t in e["timings"]),
+                _runner_up(e["runner_up"]),
             )
             for batch, e in data["by_batch"].items()
         ),

@@ -1,0 +1,268 @@
+"""From the study's timings to the table: portfolio, race of the finalists, entries, file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tuner.errors import TunerError
+from tuner.search.evaluate import Candidate, Evaluator, Final, Time, batches, limit_us
+from tuner.search.progress import Tracker
+from tuner.search.provenance import device_of, provenance_of
+from tuner.search.publish import publish
+from tuner.search.records import Record
+from tuner.search.request import Failure, TuneRequest, TuneResult
+from tuner.space import get_space
+from tuner.table.portfolio import TOLERANCE, BatchChoice, best_splits, cover, for_all_contexts
+from tuner.table.schema import BatchEntry, BucketEntry, Kernel, RunnerUp, Table, Timing, kernel_id
+from tuner.workload import Bucket
+
+_RACE_WITHIN = 1.25
+"""Portfolio kernels slower than the best by more than this do not race on a bucket: noise is far smaller."""
+
+Points = dict[str, dict[tuple[int, int], float]]
+Point = tuple[int, int]
+"""(kernel number, splits); numbers order kernels from simple to complex."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """``portfolio`` may win, ``references`` (default and best overall) race beside it."""
+
+    points: Points
+    portfolio: tuple[int, ...]
+    references: tuple[int, ...]
+    by_batch: dict[int, BatchChoice]
+
+
+def choose(request: TuneRequest, records: Sequence[Record], evaluator: Evaluator, tracker: Tracker) -> TuneResult:
+    """Raises TunerError where no configuration ran."""
+    finalists = _usable(request, records)
+    while True:
+        if not finalists:
+            raise TunerError(_nothing_runs(records))
+        plan = _plan(request, finalists)
+        numbers = sorted({*plan.portfolio, *plan.references})
+        candidates, rejected = _confirm(evaluator, {n: finalists[n] for n in numbers}, tracker)
+        if not rejected:
+            break
+        finalists = [r for n, r in enumerate(finalists) if n not in rejected]
+    finals = _race(request, plan, candidates, evaluator, tracker)
+    table = _table(request, plan, finals, finalists, candidates)
+    by_id = {kernel_id(request.target.arch, c.cubin_sha256): Path(c.cubin) for c in candidates.values()}
+    cubins = {k.id: by_id[k.id] for k in table.kernels}
+    path = None
+    if request.output is not None:
+        path, note = publish(table, request.output, cubins)
+        tracker.tell("table", note)
+    return TuneResult(table, path, cubins, tracker.progress(), "", "")
+
+
+def _usable(request: TuneRequest, records: Iterable[Record]) -> list[Record]:
+    """Fully timed records inside the user's restrictions, simplest first: fewer registers, then the default."""
+    allowed = {a.name: a.values for a in get_space(request.problem.op).restricted(request.restrict).axes}
+    keys = {b.key for b in request.buckets}
+    default = get_space(request.problem.op).default(request.problem)
+    complete = [
+        r
+        for r in records
+        if r.score is not None
+        and r.candidate
+        and not r.partial
+        and keys & r.timings.keys()
+        and all(v in allowed[n] for n, v in r.config.params)
+    ]
+    return sorted(complete, key=lambda r: (r.candidate.registers if r.candidate else 0, r.config != default, r.number))
+
+
+def _nothing_runs(records: Sequence[Record]) -> str:
+    failures = [r.failure for r in records if r.failure]
+    if not failures:
+        return "no configuration was tried within the restrictions and the time: allow more trials, time or values"
+    kinds = ", ".join(sorted({f.kind for f in failures}))
+    return f"none of {len(records)} configurations runs ({kinds}); the first failed with: {failures[0].message}"
+
+
+def _plan(request: TuneRequest, finalists: Sequence[Record]) -> _Plan:
+    points: Points = {}
+    for bucket in request.buckets:
+        row = {
+            (n, splits): time.median_us
+            for n, record in enumerate(finalists)
+            for splits, time in record.timings.get(bucket.key, {}).items()
+        }
+        if row:
+            points[bucket.key] = row
+    kernels = cover(points)
+    by_batch: dict[int, BatchChoice] = {}
+    for batch, group in batches(request.buckets).items():
+        times = {b.key: points[b.key] for b in group if b.key in points}
+        free, shared = for_all_contexts(times), for_all_contexts(times, kernels)
+        if shared and free and shared.worst_ratio <= free.worst_ratio * (1 + TOLERANCE):
+            free = shared
+        if free:
+            by_batch[batch] = free
+    portfolio = tuple(sorted({*kernels, *(c.kernel for c in by_batch.values())}))
+    default = get_space(request.problem.op).default(request.problem)
+    best = min(range(len(finalists)), key=lambda n: finalists[n].score or math.inf)
+    references = {best, *(n for n, r in enumerate(finalists) if r.config == default)} - set(portfolio)
+    return _Plan(points, portfolio, tuple(sorted(references)), by_batch)
+
+
+def _confirm(
+    evaluator: Evaluator, finalists: dict[int, Record], tracker: Tracker
+) -> tuple[dict[int, Candidate], set[int]]:
+    """Builds the finalists (they may come from another machine's run) and passes them through the gate once more."""
+    built = evaluator.build([r.config for r in finalists.values()])
+    candidates, rejected = {}, set()
+    for (number, record), result in zip(finalists.items(), built, strict=True):
+        failure = result if isinstance(result, Failure) else evaluator.confirm(result)
+        if isinstance(result, Failure) or failure:
+            assert failure
+            rejected.add(number)
+            tracker.note(record.config, None, failure)
+            tracker.tell("race", f"finalist dropped, {failure.kind}: {failure.message}", record.config, None, failure)
+        else:
+            candidates[number] = result
+    return candidates, rejected
+
+
+def _race(
+    request: TuneRequest, plan: _Plan, candidates: dict[int, Candidate], evaluator: Evaluator, tracker: Tracker
+) -> dict[str, tuple[list[Point], Final]]:
+    """Per bucket who raced and the outcome; where the race itself failed, what the study knows."""
+    finals = {}
+    best = best_splits(plan.points)
+    racing = [b for b in request.buckets if b.key in plan.points]
+    for done, bucket in enumerate(racing):
+        row = best[bucket.key]
+        bar = _RACE_WITHIN * min(t for _, t in row.values())
+        entrants = {(n, row[n][0]) for n in candidates if n in row and (n in plan.references or row[n][1] <= bar)}
+        if bucket.batch in plan.by_batch:
+            choice = plan.by_batch[bucket.batch]
+            entrants.add((choice.kernel, choice.splits))
+        points = sorted(entrants)
+        final = evaluator.final([(candidates[n], s) for n, s in points], bucket)
+        if isinstance(final, Failure):
+            tracker.tell("race", f"{bucket.key}: no race, {final.kind}: {final.message}", failure=final)
+            continue
+        finals[bucket.key] = (points, _keep_to_portfolio(final, points, plan.portfolio))
+        tracker.tell("race", f"race {done + 1}/{len(racing)}: {bucket.key}")
+    return finals
+
+
+def _keep_to_portfolio(final: Final, points: list[Point], portfolio: tuple[int, ...]) -> Final:
+    """A reference kernel wins a bucket only where it beats the portfolio by more than the tolerance."""
+    winner = final.times[final.winner]
+    inside = [(t.median_us, i) for i, t in enumerate(final.times) if t and points[i][0] in portfolio]
+    if winner is None or points[final.winner][0] in portfolio or not inside:
+        return final
+    time_us, index = min(inside)
+    if time_us > winner.median_us * (1 + TOLERANCE):
+        return final
+    return Final(final.times, index, True, final.baselines_us)
+
+
+def _table(
+    request: TuneRequest,
+    plan: _Plan,
+    finals: dict[str, tuple[list[Point], Final]],
+    finalists: Sequence[Record],
+    candidates: dict[int, Candidate],
+) -> Table:
+    arch = request.target.arch
+    ids = {n: kernel_id(arch, c.cubin_sha256) for n, c in candidates.items()}
+    outcomes = {
+        b.key: _Outcome.of(b, request, plan, finals.get(b.key), finalists)
+        for b in request.buckets
+        if b.key in plan.points
+    }
+    by_bucket = tuple(
+        BucketEntry(o.bucket.batch, ids[o.winner[0]], o.winner[1], o.timing(o.winner), o.runner_up(o.winner, finalists))
+        for o in outcomes.values()
+    )
+    by_batch = []
+    for batch, group in batches(request.buckets).items():
+        if batch not in plan.by_batch:
+            continue
+        point = (plan.by_batch[batch].kernel, plan.by_batch[batch].splits)
+        rows = [outcomes[b.key] for b in group if b.key in outcomes]
+        ratios = [max(1.0, o.times[point].median_us / o.times[o.winner].median_us) for o in rows]
+        mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+        timings = tuple(o.timing(point) for o in rows)
+        longest = max(rows, key=lambda o: (not o.bucket.ragged, o.bucket.context))
+        runner_up = longest.runner_up(point, finalists)
+        by_batch.append(BatchEntry(batch, ids[point[0]], point[1], max(ratios), mean, timings, runner_up))
+    used = {e.kernel for e in by_bucket} | {e.kernel for e in by_batch}
+    kernels = {ids[n]: _kernel(ids[n], arch, c) for n, c in candidates.items() if ids[n] in used}
+    return Table(
+        problem=request.problem,
+        kv_heads=request.shape.kv_heads,
+        device=device_of(request),
+        provenance=provenance_of(request),
+        evidence=request.evidence,
+        kernels=tuple(kernels.values()),
+        by_batch=tuple(by_batch),
+        by_batch_and_context=by_bucket,
+    )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """One bucket: times of the points that raced (or, without a race, of all that were timed), and the winner."""
+
+    bucket: Bucket
+    limit_us: float
+    times: dict[Point, Time]
+    winner: Point
+    tie: bool
+    baselines_us: dict[str, float | None]
+    screened: dict[Point, float]
+    """Times of all candidates of the study, from the ranking runs."""
+
+    @staticmethod
+    def of(
+        bucket: Bucket,
+        request: TuneRequest,
+        plan: _Plan,
+        raced: tuple[list[Point], Final] | None,
+        finalists: Sequence[Record],
+    ) -> _Outcome:
+        limit = limit_us(request.problem, request.shape, bucket, request.target)
+        screened = plan.points[bucket.key]
+        known = {p: finalists[p[0]].timings[bucket.key][p[1]] for p in screened if p[0] in plan.portfolio}
+        if raced is None:
+            winner = min(known, key=lambda p: (known[p].median_us, p))
+            return _Outcome(bucket, limit, known, winner, False, {}, screened)
+        points, final = raced
+        times = {p: t for p, t in zip(points, final.times, strict=True) if t}
+        choice = plan.by_batch.get(bucket.batch)
+        if choice and (choice.kernel, choice.splits) not in times:
+            # It fell out of the race; its ranking time is the best that is known.
+            times[choice.kernel, choice.splits] = known[choice.kernel, choice.splits]
+        return _Outcome(bucket, limit, times, points[final.winner], final.tie, final.baselines_us, screened)
+
+    def timing(self, point: Point) -> Timing:
+        t = self.times[point]
+        return Timing(
+            self.bucket.context, self.bucket.ragged, t.median_us, t.ci_low_us, t.ci_high_us, self.limit_us,
+            self.baselines_us, t.bottleneck,
+        )  # fmt: skip
+
+    def runner_up(self, point: Point, finalists: Sequence[Record]) -> RunnerUp | None:
+        """The best other kernel, of those that raced if there are any, else of the study's ranking runs."""
+        raced = {p: t.median_us for p, t in self.times.items()}
+        for times, tie in ((raced, self.tie), (self.screened, False)):
+            others = [p for p in times if p[0] != point[0]]
+            if others and point in times:
+                second = min(others, key=lambda p: (times[p], p))
+                return RunnerUp(finalists[second[0]].config.params, second[1], times[second] / times[point], tie)
+        return None
+
+
+def _kernel(name: str, arch: str, c: Candidate) -> Kernel:
+    return Kernel(
+        name, c.config.params, c.source_digest, c.cubin_sha256, arch, c.registers, c.shared_bytes, c.spill_bytes
+    )

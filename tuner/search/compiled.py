@@ -1,0 +1,58 @@
+"""Building candidates for real: render, compile, collect; shared by the evaluators with and without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tuner.build import Built, build
+from tuner.errors import TunerError
+from tuner.render import Source, render, templates_digest
+from tuner.search.evaluate import Candidate, shared_bytes_of
+from tuner.search.request import Failure
+from tuner.space.core import Config
+
+
+class Compiler:
+    """Configurations to cubins of one arch; remembers what it built by source digest."""
+
+    def __init__(self, arch: str, root: Path, jobs: int | None) -> None:
+        self.arch, self.root, self.jobs = arch, root, jobs
+        self.built: dict[str, Built] = {}
+
+    def build(self, configs: Sequence[Config]) -> list[Candidate | Failure]:
+        """One result per configuration; one that does not render or compile is a Failure (compile, resource)."""
+        rendered: list[Source | Failure] = []
+        for config in configs:
+            try:
+                rendered.append(render(config))
+            except TunerError as error:
+                rendered.append(Failure("compile", str(error)))
+        sources = {s.digest: s for s in rendered if isinstance(s, Source)}
+        results = build(sources.values(), [self.arch], root=self.root, jobs=self.jobs) if sources else {}
+        answer: list[Candidate | Failure] = []
+        for source in rendered:
+            if isinstance(source, Failure):
+                answer.append(source)
+                continue
+            result = results[source.digest, self.arch]
+            if isinstance(result, Built):
+                self.built[source.digest] = result
+                answer.append(_candidate(source, result))
+            else:
+                answer.append(Failure(result.kind, result.message))
+        return answer
+
+
+def fingerprint(arch: str) -> str:
+    """Version of templates and compiler."""
+    from tuner import toolchain
+
+    return f"{templates_digest()[:16]}-nvcc{toolchain.find((arch,)).version}"
+
+
+def _candidate(source: Source, built: Built) -> Candidate:
+    shared = shared_bytes_of(source.config, built.shared_bytes)
+    return Candidate(
+        source.config, source.digest, built.cubin_sha256, str(built.cubin), built.registers, shared, built.spill_bytes
+    )

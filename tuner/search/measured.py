@@ -1,0 +1,126 @@
+"""Times from the attached GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tuner.baselines import BASELINES
+from tuner.measure import Contestant, Measurer, Race, Sample, declare_winner
+from tuner.measure import Failure as MeasureFailure
+from tuner.search import compiled
+from tuner.search.evaluate import Candidate, Final, Scored, Time, Timings, batches, best_time, splits_for_batch
+from tuner.search.request import Failure, TuneRequest
+from tuner.space.core import Config
+from tuner.workload import Bucket
+
+HOPELESS = 1.5
+"""How many times slower than the best on the sampled buckets a kernel may be and still be timed on all."""
+RACE_BUDGET_S = 1.5
+
+
+class MeasuredEvaluator:
+    """Checks and times on GPU ``request.device`` through a child process, which may die without consequences."""
+
+    def __init__(self, request: TuneRequest) -> None:
+        self._request = request
+        self._compiler = compiled.Compiler(request.target.arch, request.root, request.workers)
+        log = Path(request.root) / f"measure-{request.device}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self._measurer = Measurer(request.device, log=log, seed=request.seed)
+        self._groups = batches(request.buckets)
+        self.fingerprint = compiled.fingerprint(request.target.arch)
+
+    def build(self, configs: Sequence[Config]) -> list[Candidate | Failure]:
+        return self._compiler.build(configs)
+
+    def score(self, candidate: Candidate, best: Timings | None) -> Scored | Failure:
+        """The gate, then a sample of the buckets, then, unless hopeless, the rest."""
+        checked = self._measurer.check(
+            candidate.config, Path(candidate.cubin), level="quick", kv_heads=self._request.shape.kv_heads
+        )
+        if isinstance(checked, MeasureFailure):
+            return Failure(checked.kind, checked.message)
+        timings: Timings = {}
+        probes = self._probes()
+        if best is not None:
+            failure = self._time(candidate, probes, timings)
+            if failure:
+                return failure
+            keys = [b.key for b in probes if b.key in timings and b.key in best]
+            ratios = sorted(best_time(timings[k]).median_us / best_time(best[k]).median_us for k in keys)
+            # The best ratio decides: a kernel that is good anywhere may earn its place in the portfolio.
+            if ratios and ratios[0] > HOPELESS:
+                return Scored(timings, partial=True)
+        rest = [b for b in self._request.buckets if b.key not in timings]
+        failure = self._time(candidate, rest, timings)
+        if failure:
+            return failure
+        if not timings:
+            return Failure("error", "no bucket fits the GPU's memory")
+        return Scored(timings)
+
+    def confirm(self, candidate: Candidate) -> Failure | None:
+        checked = self._measurer.check(
+            candidate.config, Path(candidate.cubin), level="full", kv_heads=self._request.shape.kv_heads
+        )
+        return Failure(checked.kind, checked.message) if isinstance(checked, MeasureFailure) else None
+
+    def final(self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket) -> Final | Failure:
+        request = self._request
+        names = [f"kernel{i}" for i in range(len(contestants))]
+        ours = [Contestant(n, c.config, Path(c.cubin), s) for n, (c, s) in zip(names, contestants, strict=True)]
+        theirs = [Contestant(name) for name in self._baseline_names()]
+        args = (request.shape, request.problem.cache_format, bucket)
+        race = self._measurer.race([*ours, *theirs], *args, op=request.problem.op, budget_s=RACE_BUDGET_S)
+        if isinstance(race, MeasureFailure) and theirs:
+            # A peer may be what crashed; ours must have their race.
+            race = self._measurer.race(ours, *args, op=request.problem.op, budget_s=RACE_BUDGET_S)
+        if isinstance(race, MeasureFailure):
+            return Failure(race.kind, race.message)
+        return self._judge(race, names)
+
+    def close(self) -> None:
+        self._measurer.close()
+
+    def _judge(self, race: Race, names: list[str]) -> Final | Failure:
+        ran = [n for n in names if n in race.samples]
+        if not ran:
+            reason = next((f.message for f in race.failures.values()), "no kernel finished the race")
+            return Failure("error", reason)
+        winner, tie = declare_winner({n: race.rounds_us[n] for n in ran}, ran)
+        times = tuple(_time(race.samples[n]) if n in race.samples else None for n in names)
+        samples = {n: race.samples.get(n) for n in self._baseline_names()}
+        return Final(times, names.index(winner), tie, {n: s.median_us if s else None for n, s in samples.items()})
+
+    def _time(self, candidate: Candidate, buckets: Sequence[Bucket], timings: Timings) -> Failure | None:
+        request = self._request
+        for batch, group in batches(buckets).items():
+            # The whole batch's contexts decide the split counts, whichever of its buckets are timed now.
+            splits = splits_for_batch(
+                candidate.config, candidate.registers, request.shape, self._groups[batch], request.target
+            )
+            answer = self._measurer.time(
+                candidate.config, Path(candidate.cubin), candidate.registers, request.shape, group, splits=splits
+            )
+            if isinstance(answer, MeasureFailure):
+                return Failure(answer.kind, answer.message)
+            for timing in answer:
+                timings.setdefault(timing.bucket, {})[max(1, timing.splits)] = _time(timing.sample)
+        return None
+
+    def _probes(self) -> list[Bucket]:
+        """Few and cheap buckets that tell kernels apart: a short and a middling context of some batch sizes."""
+        groups = [g for g in self._groups.values()]
+        picked = {groups[0], groups[len(groups) // 2], groups[-1]}
+        return [b for g in groups if g in picked for b in {g[0], g[len(g) // 2]}]
+
+    def _baseline_names(self) -> list[str]:
+        """All of the op; one that is not available here comes back among the race's failures."""
+        chosen = self._request.baselines
+        op = self._request.problem.op
+        return [b.name for b in BASELINES.values() if b.op == op] if chosen is None else list(chosen)
+
+
+def _time(sample: Sample) -> Time:
+    return Time(sample.median_us, sample.ci_low_us, sample.ci_high_us)

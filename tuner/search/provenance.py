@@ -1,0 +1,76 @@
+"""Where a table comes from: versions, commit, date, device."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+
+from tuner.errors import TunerError
+from tuner.search.request import TuneRequest
+from tuner.table.schema import Device, Provenance
+
+_CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
+
+
+def provenance_of(request: TuneRequest) -> Provenance:
+    from tuner.render import templates_digest
+
+    return Provenance(
+        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        seed=request.seed,
+        nvcc=_nvcc(request.target.arch),
+        torch=_version("torch"),
+        triton=_version("triton"),
+        cupy=next((v for name in _CUPY if (v := _version(name))), None),
+        vllm=_version("vllm"),
+        optuna=_version("optuna"),
+        git_commit=_commit(),
+        template_hash=templates_digest(),
+    )
+
+
+def device_of(request: TuneRequest) -> Device:
+    """The target; its driver only where it is attached and was measured on."""
+    driver = _driver(request.device) if request.evidence == "measured" else None
+    return Device(request.target.device_name, request.target.arch, request.target.sms, driver)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _nvcc(arch: str) -> str | None:
+    from tuner import toolchain
+
+    try:
+        return toolchain.find((arch,)).version
+    except TunerError:
+        return None
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package runs from; None for an installed wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    return _output(["git", "-C", str(root), "rev-parse", "HEAD"])
+
+
+def _driver(device: int) -> str | None:
+    return _output(["nvidia-smi", f"--id={device}", "--query-gpu=driver_version", "--format=csv,noheader"])
+
+
+def _output(command: list[str]) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return None
+    return done.stdout.strip() or None
