@@ -102,7 +102,6 @@ def run(
 
 def expected_rows(case: Case, by_block_id: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Float64 keys and values where the outputs have them, and a mask [blocks, block_size] of the decoded tokens."""
-    # The reference only reads what was stored: poisoned slots would make NaN.
     keys, values = dequantize(case.kv_cache, case.codec)
     blocks = case.kv_cache.shape[0] if by_block_id else case.block_table.numel()
     k = torch.zeros(blocks, *keys.shape[1:], dtype=torch.float64)
@@ -119,7 +118,14 @@ def expected_rows(case: Case, by_block_id: bool) -> tuple[torch.Tensor, torch.Te
     return k, v, decoded
 
 
-def check(config: Config, case: Case, outputs: tuple[torch.Tensor, torch.Tensor], *, by_block_id: bool = False, sides: str = "kv") -> None:
+def check(
+    config: Config,
+    case: Case,
+    outputs: tuple[torch.Tensor, torch.Tensor],
+    *,
+    by_block_id: bool = False,
+    sides: str = "kv",
+) -> None:
     *references, decoded = expected_rows(case, by_block_id)
     fmt = case.layout.format
     rotated = {"k": fmt.key_codebook, "v": fmt.value_codebook}
@@ -227,7 +233,8 @@ def test_int64_block_table_and_head_major_padded_blocks() -> None:
 def test_one_table_row_for_all_requests() -> None:
     config = problem_config("turboquant_seed_dense", 64)
     case = small_case("turboquant_seed_dense", 64)
-    shared = replace(case, block_table=case.block_table[:1].expand(3, -1), seq_lens=torch.tensor([3, 17, 16], dtype=torch.int32))
+    lengths = torch.tensor([3, 17, 16], dtype=torch.int32)
+    shared = replace(case, block_table=case.block_table[:1].expand(3, -1), seq_lens=lengths)
     assert shared.block_table.stride(0) == 0
     check(config, shared, run(config, shared))
 
@@ -305,7 +312,8 @@ def test_extreme_fields(format_name: str) -> None:
             slots[token, :, layout.key.norm_offset + 1] = bits >> 8
     fields = layout.value_offset + layout.value.scale_offset  # type: ignore[operator]
     for token, (scale, zero) in enumerate(((0x7C00, 0), (0x7E00, 0), (0x0001, 0x8001), (0x7BFF, 0xFBFF))):
-        slots[token, :, fields : fields + 4] = torch.tensor([scale & 255, scale >> 8, zero & 255, zero >> 8], dtype=torch.uint8)
+        field_bytes = (scale & 255, scale >> 8, zero & 255, zero >> 8)
+        slots[token, :, fields : fields + 4] = torch.tensor(field_bytes, dtype=torch.uint8)
     check(config, case, run(config, case))
 
 

@@ -11,11 +11,19 @@ AXES = (
     Axis("warps", (4, 1, 2, 8, 16, 32), "warps per CTA"),
     Axis("rows", (1, 2, 4, 8), "passes whose loads a warp issues before it uses the first"),
     Axis("steps", (1, 2, 4, 8), "times that a CTA repeats this, within one block of the cache"),
-    Axis("divide", ("heads", "tokens", "planes"), "what runs fastest over rows: heads, tokens, or heads with keys and values on different warps"),
+    Axis(
+        "divide",
+        ("heads", "tokens", "planes"),
+        "what runs fastest over rows: heads or tokens; planes: heads, keys and values apart",
+    ),
     Axis("dim_warps", (1, 2), "warps that share a row and exchange the last butterfly stage through shared memory"),
-    Axis("transform", ("shuffle", "half", "mma"), "Walsh-Hadamard by fp32 shuffles, by shuffles of half pairs, or as two products with a 16x16 matrix"),
+    Axis(
+        "transform",
+        ("shuffle", "half", "mma"),
+        "Walsh-Hadamard by shuffles of fp32, of half pairs, or as matrix products",
+    ),
     Axis("lookup", ("table", "replicated", "prmt", "shuffle"), "how a codebook index becomes a level"),
-    Axis("load", ("direct", "staged"), "plain loads into registers, or asynchronous copies into shared memory a step ahead"),
+    Axis("load", ("direct", "staged"), "plain loads, or asynchronous copies into shared memory a step ahead"),
     Axis("load_bytes", (4, 16), "width of one load or asynchronous copy"),
     Axis("store_bytes", (16, 8, 4), "bytes that a lane writes at once: the channels that it holds side by side"),
     Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
@@ -175,7 +183,7 @@ CONSTRAINTS = (
     ),
     Constraint(
         "narrow_store",
-        "a lane of a warp-wide row holds more adjacent channels than store_bytes: narrower stores only add instructions",
+        "on a warp-wide row a lane holds more adjacent channels: narrower stores only add instructions",
         lambda c, t: c["store_bytes"] // 2 < min(8, c.problem.head_dim // c["dim_warps"] // 32),
     ),
     Constraint(
@@ -193,7 +201,7 @@ CONSTRAINTS = (
         "min_ctas CTAs of that many warps do not fit one SM",
         lambda c, t: c["warps"] * c["min_ctas"] > t.max_warps or c["min_ctas"] > t.max_ctas,
     ),
-    Constraint("registers", "the rows in flight do not fit the registers that warps x min_ctas leave", _registers_short),
+    Constraint("registers", "the rows in flight do not fit the registers of warps x min_ctas", _registers_short),
     Constraint("shared_memory", "tables, staging and exchange buffers exceed the shared memory", _shared_short),
 )
 
