@@ -330,9 +330,11 @@ def test_misuse_is_named(fault, entry, arguments, message):
     assert "\n" not in str(caught.value) and str(caught.value).startswith(f"{entry}, CTA (0, 0, 0), thread ")
 
 
-def test_endless_kernel_times_out_and_leaves_buffers_alone(fault):
+def test_endless_kernel_times_out_and_leaves_buffers_alone(root):
+    out = np.full(1, 7, np.uint32)
     with pytest.raises(EmulationError, match=r"no end after 0\.5 s"):
-        fault("endless", timeout_s=0.5)
+        emulate(source("faults.cu"), Launch("endless", (1, 1, 1), 32), Faults(), {"out": out}, root=root, timeout_s=0.5)
+    assert out[0] == 7
 
 
 # --- arguments and building -------------------------------------------------------------------------------------------
