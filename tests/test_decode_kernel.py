@@ -1,0 +1,160 @@
+"""``wph_decode`` on the emulator, under sanitizers, against the float64 reference."""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+
+import pytest
+import torch
+from emulated import emulate_decode, worst_head_error
+
+from tuner.emulate import compile_many
+from tuner.formats import FORMATS, HEAD_DIMS, slot_layout
+from tuner.reference import Case, synthetic_cache
+from tuner.render import render
+from tuner.space import Config, Problem, default_config, get_space, seed_config
+from tuner.space.decode import direct_variant
+from tuner.targets import get_target
+
+SPACE = get_space("decode")
+WARPS = (1, 2, 4, 8, 16)
+GROUPS = (4, 1, 8, 5, 16, 2, 6, 7, 3, 12)
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3}
+
+
+@lru_cache(maxsize=1)
+def matrix() -> tuple[Config, ...]:
+    """One configuration per format, head dim and warp count; the other axes drawn so that each value comes up.
+
+    Values used least so far are preferred, so that the draw covers every axis and group size evenly.
+    """
+    target = get_target("sm_90")
+    used: dict[tuple[str, object], int] = {}
+    chooser = random.Random(0)
+    configs = []
+    for index, (name, head_dim, warps) in enumerate((f, d, w) for f in FORMATS for d in HEAD_DIMS for w in WARPS):
+        problem = Problem("decode", head_dim, GROUPS[index % len(GROUPS)], name)
+        candidates = []
+        while len(candidates) < 24:
+            values = {a.name: chooser.choice(a.values) for a in SPACE.axes} | {"warps": warps}
+            config = SPACE.config(problem, values)
+            if not SPACE.refusals(config, target):
+                candidates.append(config)
+        best = min(candidates, key=lambda c: sum(used.get(pair, 0) for pair in c.params))
+        for pair in best.params:
+            used[pair] = used.get(pair, 0) + 1
+        configs.append(best)
+    return tuple(configs)
+
+
+def check(config: Config, case: Case, splits: int = 3, **options: int) -> None:
+    out = emulate_decode(config, case, splits, **options)
+    error = worst_head_error(out, case.expected())
+    assert error <= TOLERANCE[case.query.dtype], config.describe()
+
+
+def small_case(config: Config, lengths: tuple[int, ...] = (0, 1, 70, 17), **options: object) -> Case:
+    # Bulk copies of token-major caches take all of a cache's heads at once.
+    kv_heads = config["head_warps"] if config["load"] == "bulk" else 2
+    p = config.problem
+    options.setdefault("order", "head" if config["load"] == "bulk" and kv_heads % 2 == 0 else "token")
+    return synthetic_cache(p.layout, lengths, q_heads=p.gqa * kv_heads, kv_heads=kv_heads, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled() -> None:
+    compile_many([render(c) for c in matrix()], jobs=2)
+
+
+def test_the_matrix_reaches_every_axis_value_and_group() -> None:
+    for axis in SPACE.axes:
+        assert {c[axis.name] for c in matrix()} == set(axis.values), axis.name
+    assert {c.problem.gqa for c in matrix()} == set(GROUPS)
+
+
+@pytest.mark.parametrize("index", range(len(FORMATS) * len(HEAD_DIMS) * len(WARPS)))
+def test_agrees_with_the_reference(index: int) -> None:
+    config = matrix()[index]
+    dtype = torch.float16 if index % 5 == 4 else torch.bfloat16
+    check(config, small_case(config, query_dtype=dtype, seed=index), seed=index)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("landmark", [default_config, seed_config, lambda p: direct_variant(default_config(p))])
+def test_landmarks_run_every_format(name: str, landmark: object) -> None:
+    config = landmark(Problem("decode", 128, 4, name))  # type: ignore[operator]
+    check(config, small_case(config))
+
+
+FORMAT = "turboquant_4bit_nc"
+DEFAULT = default_config(Problem("decode", 128, 4, FORMAT))
+PERSISTENT = DEFAULT.with_(schedule="stream", reduction="kernel")
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128, 4176])
+def test_block_sizes(block_size: int) -> None:
+    check(DEFAULT, small_case(DEFAULT, (300, 15, 128), block_size=block_size))
+
+
+@pytest.mark.parametrize("config", [DEFAULT, PERSISTENT, DEFAULT.with_(schedule="stream", load="bulk", head_warps=2)])
+@pytest.mark.parametrize("splits", [1, 2, 7, 40])
+def test_any_number_of_splits(config: Config, splits: int) -> None:
+    lengths = (0, 333, 1, 0, 64, 16, 15, 129)
+    check(config, small_case(config, lengths), splits, seed=splits, concurrent_ctas=1 + splits % 4)
+
+
+@pytest.mark.parametrize("config", [DEFAULT, direct_variant(DEFAULT)])
+def test_head_major_memory_padding_and_wide_block_ids(config: Config) -> None:
+    case = small_case(config, (100, 40), order="head", padding=4096, index_dtype=torch.int64)
+    check(config, case)
+
+
+def test_slots_at_odd_multiples_of_two_bytes() -> None:
+    config = direct_variant(DEFAULT)
+    case = small_case(config, (100, 40), padding=34)
+    assert case.kv_cache.stride(0) % 16
+    check(config, case)
+
+
+def test_one_block_table_row_for_all_requests() -> None:
+    case = small_case(DEFAULT, (90,))
+    rows = 3
+    expanded = Case(
+        query=torch.randn(rows, *case.query.shape[1:]).bfloat16(),
+        kv_cache=case.kv_cache,
+        block_table=case.block_table.expand(rows, -1),
+        seq_lens=torch.tensor([88, 89, 90], dtype=torch.int32),
+        scale=case.scale,
+        codec=case.codec,
+    )
+    assert expanded.block_table.stride(0) == 0
+    check(DEFAULT, expanded)
+
+
+def test_many_requests_in_the_persistent_queue() -> None:
+    lengths = tuple((7 * i) % 50 for i in range(70))
+    for splits in (3, 50):
+        check(PERSISTENT, small_case(PERSISTENT, lengths), splits)
+
+
+def test_peaked_softmax_and_huge_queries() -> None:
+    check(DEFAULT, small_case(DEFAULT, (200, 50), peak=8.0))
+    case = small_case(DEFAULT, (200, 50))
+    huge = Case(case.query * 2.0**100, case.kv_cache, case.block_table, case.seq_lens, case.scale * 2.0**-100, case.codec)
+    check(DEFAULT, huge)
+
+
+def test_nan_keys_reach_the_output() -> None:
+    config = default_config(Problem("decode", 64, 2, "turboquant_k8v4"))
+    case = small_case(config, (20,))
+    block, slot = int(case.block_table[0, 0]), slot_layout("turboquant_k8v4", 64)
+    case.kv_cache[block, 3, 0, slot.key.indices_offset] = 0x7F
+    out = emulate_decode(config, case)
+    assert torch.isnan(out[0, :2]).all() and not torch.isnan(out[0, 2:]).any()
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    case = small_case(DEFAULT, (500, 30))
+    first = emulate_decode(DEFAULT, case, 5)
+    assert torch.equal(first, emulate_decode(DEFAULT, case, 5, seed=3, concurrent_ctas=4))
