@@ -15,7 +15,7 @@ from tuner.errors import TunerError
 RESERVED_SHARED_BYTES = 1024
 """What the system keeps of shared memory per CTA (sm_90 and later)."""
 _MAGIC = b"\x7fELF\x02\x01"
-_SYMBOL_TABLE = 2
+_SYMBOL_TABLE, _NO_BITS = 2, 8
 _REGISTER_COUNT = 0x2F
 _SIZED = 4  # format of an attribute whose payload follows its header
 _ABI_ARCH_SHIFTED = 8  # from this ABI version on, the arch stands in the second byte of the flags
@@ -69,6 +69,15 @@ def _sections(image: bytes) -> list[_Section]:
     ]
 
 
+def _check_complete(image: bytes, sections: list[_Section]) -> None:
+    """Raises ValueError where the file ends before its last section or program header."""
+    (table,) = struct.unpack_from("<Q", image, 32)
+    size, number = struct.unpack_from("<2H", image, 54)
+    ends = [table + size * number, *(s.offset + s.size for s in sections if s.kind != _NO_BITS)]
+    if max(ends) > len(image):
+        raise ValueError("truncated")
+
+
 def _string(image: bytes, start: int) -> str:
     return image[start : image.index(b"\0", start)].decode()
 
@@ -105,6 +114,7 @@ def read_cubin(path: Path) -> Cubin:
         (flags,) = struct.unpack_from("<I", image, 48)
         number = flags >> 8 & 0xFF if image[8] >= _ABI_ARCH_SHIFTED else flags & 0xFF
         sections = _sections(image)
+        _check_complete(image, sections)
         registers = _registers(image, sections)
     except (struct.error, LookupError, ValueError):
         raise TunerError(f"{path} is a damaged cubin: build it again") from None

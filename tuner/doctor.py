@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def _nvcc() -> Finding:
         nvcc = toolchain.find()
         gxx = toolchain.find_gxx()
     except toolchain.ToolchainError as e:
-        return Finding("nvcc", False, str(e), "set CUDA_HOME to a toolkit of 13.0 or later, or pip install this package")
+        return Finding("nvcc", False, str(e), "set CUDA_HOME to a toolkit of 13.0 or later, or install this package")
     if error := _smoke(nvcc):
         return Finding("nvcc", False, f"{nvcc.nvcc} (from {nvcc.source}) does not compile for {error}", f"check {gxx}")
     others = _rejected(nvcc.candidates)
@@ -158,8 +159,8 @@ def diagnose(root: Path = Path("build")) -> list[Finding]:
         ("ninja", _ninja),
         ("nvdisasm", _nvdisasm),
         ("GPU", _gpu),
-        *((n, lambda n=n, d=d, a=a: _package(n, d, a)) for n, d, a in _PACKAGES),  # type: ignore[misc]
+        *((name, partial(_package, name, distribution, advice)) for name, distribution, advice in _PACKAGES),
         ("templates", _templates),
-        ("build folder", lambda: _build_folder(root)),
+        ("build folder", partial(_build_folder, root)),
     ]
     return [_guarded(name, check) for name, check in checks]
