@@ -157,8 +157,10 @@ def kill_soon(measurer: Measurer, what: signal.Signals, after_s: float) -> threa
     return timer
 
 
-def test_a_machine_without_a_gpu_says_so(tmp_path: Path) -> None:
+def test_a_machine_without_a_gpu_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
+
+    monkeypatch.chdir(tmp_path)  # not where the package lies
 
     if torch.cuda.is_available():
         pytest.skip("a GPU is here: this is the message without one")

@@ -23,12 +23,16 @@ class Channel:
     """Owns the process that ``command`` starts; starts it when first asked and again after it died.
 
     The child answers a request ``{"id": n, "op": ..., ...}`` with ``{"id": n, "result": ...}`` or
-    ``{"id": n, "failure": {"kind": ..., "message": ...}}``. Its standard error goes to ``log``.
+    ``{"id": n, "failure": {"kind": ..., "message": ...}}``. Its standard error goes to ``log``;
+    ``environment`` None is this process's own.
     """
 
-    def __init__(self, command: Sequence[str], log: Path | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path | None = None, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.command = tuple(command)
         self.log = log
+        self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
         self._rest = b""
         self._count = 0
@@ -82,7 +86,12 @@ class Channel:
                     self.log.parent.mkdir(parents=True, exist_ok=True)
                     errors = stack.enter_context(self.log.open("ab"))
                 self._process = subprocess.Popen(
-                    self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+                    self.command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    env=self._environment,
+                    start_new_session=True,
                 )
         except OSError as e:
             raise TunerError(f"cannot start the measuring process {self.command[0]}: {e}") from e

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,9 @@ from tuner.workload import Bucket, Shape
 
 if TYPE_CHECKING:
     from typing import Self
+
+
+_IMPORT_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,10 @@ class Measurer:
         options = {"device": device, "block_size": block_size, "pool_bytes": pool_bytes, "seed": seed}
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None]
         self.timeout_s = timeout_s
-        self.channel = Channel([sys.executable, "-m", "tuner.measure.child", *arguments], log)
+        # The child must find the package that this is, from whatever directory it is started.
+        path = os.pathsep.join(filter(None, (str(_IMPORT_ROOT), os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"PYTHONPATH": path}
+        self.channel = Channel([sys.executable, "-m", "tuner.measure.child", *arguments], log, environment)
 
     def __enter__(self) -> Self:
         return self
