@@ -117,7 +117,7 @@ def compile_one(job: dict[str, Any]) -> bool:
             result |= {"kind": "compile", "message": f"the source has no kernel named {job['entry']}"}
         else:
             # Killed by a signal, or out of memory or disk: the source may be fine, so it is tried again next time.
-            killed = status < 0 or status - 128 in iter(signal.Signals)
+            killed = status < 0 or status - 128 in signal.valid_signals()
             retry = killed or bool(re.search(r"No space left|Killed|out of memory", log))
             kind = "resource" if _RESOURCE.search(log) else "compile"
             result |= {"kind": kind, "message": first_error(log), "retry": retry}
