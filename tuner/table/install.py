@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tuner.errors import TunerError
 from tuner.table.schema import Table, TableError
-from tuner.table.store import FOLDER_VARIABLE, merge, read, read_cubin, write
+from tuner.table.store import FOLDER_VARIABLE, merge, read, read_cubin, user_folder, write
 
 TABLE_PATTERN = "turboquant_*.json"
 CUBIN_PATTERN = "sm_*-*.cubin"
@@ -24,15 +24,6 @@ class Step:
     table: Table
     cubins: dict[str, bytes]
     merged: bool
-
-
-def user_folder() -> Path:
-    """The folder of vLLM's own configuration for this user: $VLLM_CONFIG_ROOT, by default ~/.config/vllm."""
-    root = os.environ.get("VLLM_CONFIG_ROOT")
-    if root:
-        return Path(root).expanduser() / "tuned"
-    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    return Path(home).expanduser() / "vllm" / "tuned"
 
 
 def install_folder() -> Path:

@@ -142,8 +142,9 @@ def _kernel_line(kernel: Kernel, splits: int) -> str:
 
 def _time_lines(table: Table, t: Timing) -> list[str]:
     lines = [
-        f"{table.evidence} {t.time_us:.2f} us [{t.ci_low_us:.2f}, {t.ci_high_us:.2f}], "
-        f"memory limit {t.limit_us:.2f} us, {t.limit_share:.0%} of it reached" + (f"; bottleneck: {t.bottleneck}" if t.bottleneck else "")
+        f"{table.evidence} {t.time_us:.2f} us [{t.ci_low_us:.2f}, {t.ci_high_us:.2f}]; "
+        f"memory limit {t.limit_us:.2f} us, {t.limit_share:.0%} of it reached"
+        + (f"; bottleneck: {t.bottleneck}" if t.bottleneck else "")
     ]
     for name, time_us in t.baselines_us.items():
         lines.append(

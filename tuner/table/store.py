@@ -100,16 +100,24 @@ def write(table: Table, folder: Path | str, cubins: Mapping[str, bytes]) -> Path
 
 
 def find(problem: Problem, device_name: str) -> Path | None:
-    """Path of the table: in $VLLM_TUNED_CONFIG_FOLDER first, then among those that came with the package."""
+    """Path of the table: in $VLLM_TUNED_CONFIG_FOLDER first, then where ``install`` puts them for this user without it,
+    then among those that came with the package."""
     name = table_file_name(problem, device_name)
     chosen = os.environ.get(FOLDER_VARIABLE)
-    for folder in ([Path(chosen)] if chosen else []) + [PACKAGE_TABLES]:
+    for folder in ([Path(chosen)] if chosen else []) + [user_folder(), PACKAGE_TABLES]:
         try:
             if (folder / name).is_file():
                 return folder / name
         except (OSError, ValueError):  # a folder name that the system cannot take
             continue
     return None
+
+
+def user_folder() -> Path:
+    """Folder "tuned" of vLLM's own configuration folder for this user: $VLLM_CONFIG_ROOT, by default ~/.config/vllm."""
+    root = os.environ.get("VLLM_CONFIG_ROOT")
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")
+    return (Path(root) if root else Path(home, "vllm")) / "tuned"
 
 
 def merge(a: Table, b: Table) -> Table:
