@@ -25,7 +25,7 @@ PROBLEM = Problem("decode", 256, 8, "turboquant_4bit_nc")
 
 
 def timing(context: int, time_us: float, *, ragged: bool = False, **baselines: float | None) -> Timing:
-    known = {"triton": 100.0, "triton_tuned": 50.0, "sdpa_bf16": None} | baselines
+    known = {"triton": 100.0, "triton[block_kv=16]": 50.0, "sdpa_bf16": None} | baselines
     return Timing(context, ragged, time_us, time_us, time_us, 8.0, known, "memory")
 
 

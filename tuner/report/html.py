@@ -109,7 +109,7 @@ def _winners(table: Table, buckets: Sequence[Row]) -> str:
     head = (
         "batch",
         "context",
-        "median us",
+        "time us",
         "95% interval",
         "of limit",
         "vs Triton shipped",

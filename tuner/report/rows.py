@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from tuner.table.schema import BatchEntry, BucketEntry, Table, Timing
 
-# Role -> names of baselines that may play it; the fastest one that was timed does.
+# Role -> names of baselines that may play it; the fastest one that was timed does. A tuned Triton kernel is called by
+# the constants that were found for it, as in triton[block_kv=16,...].
 SHIPPED = ("vllm_triton", "triton", "triton_dequant")
-TUNED = ("triton_tuned", "triton_dequant_tuned")
 BF16 = ("fa3_bf16", "flashinfer_bf16", "sdpa_bf16")
 
 
@@ -99,7 +99,7 @@ def _row(table: Table, entry: BatchEntry | BucketEntry, timing: Timing) -> Row:
         limit_us=timing.limit_us,
         limit_share=timing.limit_share,
         shipped_us=fastest(timing.baselines_us, SHIPPED),
-        tuned_us=fastest(timing.baselines_us, TUNED),
+        tuned_us=fastest(timing.baselines_us, (name for name in timing.baselines_us if "[" in name)),
         bf16_us=fastest(timing.baselines_us, BF16),
         bottleneck=timing.bottleneck,
         evidence=table.evidence,

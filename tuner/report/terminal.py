@@ -59,7 +59,7 @@ def winners(table: Table) -> Grid:
         caption="x: times faster than the baseline in the column. limit: compressed bytes / achievable bandwidth.",
         caption_justify="left",
     )
-    for name in ("batch", "context", "median us", "of limit", "Triton shipped", "Triton tuned", "bf16", "splits"):
+    for name in ("batch", "context", "time us", "of limit", "Triton shipped", "Triton tuned", "bf16", "splits"):
         grid.add_column(name, justify="right", no_wrap=True)
     grid.add_column("kernel", no_wrap=True)
     grid.add_column("evidence", no_wrap=True)
@@ -109,10 +109,10 @@ def layouts(lines: Sequence[LayoutRow]) -> Grid:
     grid = Grid(
         title="warps per CTA compared",
         title_justify="left",
-        caption=f"median us, registers and occupancy: {where}. Others: geometric mean over all buckets.",
+        caption=f"time, registers and occupancy: {where}. Others: geometric mean over all buckets.",
         caption_justify="left",
     )
-    for name in ("warps", "median us", "of limit", "vs Triton twin", "registers", "shared KB", "occupancy"):
+    for name in ("warps", "time us", "of limit", "vs Triton twin", "registers", "shared KB", "occupancy"):
         grid.add_column(name, justify="right", no_wrap=True)
     grid.add_column("evidence", no_wrap=True)
     for line in lines:
