@@ -57,7 +57,6 @@ class FeasibleSampler(BaseSampler):
                 multivariate=True,
                 constant_liar=True,  # trials of this batch and of other workers are still running
                 n_startup_trials=STARTUP_TRIALS,
-                warn_independent_sampling=False,
             )
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:

@@ -182,8 +182,9 @@ class _Search:
             trial.set_user_attr("worker", worker_id())
             self.open_trials[trial.number] = trial
             params = params_of(space, trial.params)
-            others = [t for t in trials if t.state != TrialState.FAIL and t.number != trial.number and t.params]
-            if any(params_of(space, t.params) == params for t in others):
+            # Another worker's trial may be half asked for: its parameters then equal no one's.
+            others = [t for t in trials if t.state != TrialState.FAIL and t.number != trial.number]
+            if any(t.params == trial.params for t in others):
                 trial.set_user_attr("duplicate", True)
                 self.study.tell(trial, state=TrialState.FAIL)
                 del self.open_trials[trial.number]
