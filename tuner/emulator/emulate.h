@@ -191,17 +191,24 @@ WPH_DEVICE float ex2(float v) {
     const float d = exp2f(v);
     return d < 0x1p-126f ? 0.0f : d;
 }
+// Subnormals count as zero.
+WPH_DEVICE float reciprocal_sqrt(float v) { return 1.0f / sqrtf(fabsf(v) < 0x1p-126f ? 0.0f : v); }
 
 // --- matrix -------------------------------------------------------------------------------------------------------
 WPH_DEVICE void mma_16816(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1,
                           WPH_LINE) {
     wph::mma(c, {a0, a1, a2, a3, b0, b1}, line);
 }
+WPH_DEVICE void mma_1688(float (&c)[4], unsigned a0, unsigned a1, unsigned b, WPH_LINE) {
+    wph::mma(c, {a0, a1, 0, 0, b, 0}, line);
+}
 WPH_DEVICE unsigned movmatrix(unsigned v, WPH_LINE) { return wph::transpose(v, line); }
 
 // --- memory -------------------------------------------------------------------------------------------------------
 template <typename T>
 WPH_DEVICE T load_global(const void *p) { return *static_cast<const T *>(p); }
+template <typename T>
+WPH_DEVICE void store_global(void *p, T v) { *static_cast<T *>(p) = v; }
 WPH_DEVICE float load_l2(const float *p) { return *p; }
 WPH_DEVICE unsigned shared_address(const void *p, WPH_LINE) { return wph::shared_offset(p, line); }
 template <int BYTES>
