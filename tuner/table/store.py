@@ -169,7 +169,7 @@ def export(path: Path | str, folder: Path | str, sources: Mapping[str, str] | No
 
 @lru_cache(maxsize=1)
 def _validator() -> Any:
-    import jsonschema  # type: ignore[import-untyped]
+    import jsonschema
 
     draft = jsonschema.Draft202012Validator
     # JSON Schema takes 8.0 for an integer; here nothing downstream should meet a float in place of one.
