@@ -145,6 +145,7 @@ def test_version(tmp_path: Path) -> None:
         ("--head-dim 256 --seed -1", ("--seed",)),
         ("--head-dim 256 --gpus 99", ("GPU 99", "not attached")),
         ("--head-dim 256 --no-such-option", ("--no-such-option",)),
+        ("--head-dim 256 --op dequant --warps 1,4 --no-resume", ("--no-resume", "--seed")),
         ("frobnicate", ("frobnicate", "doctor")),
         ("space --head-dim 100", ("head dim 100",)),
         ("bench --model qwen3-4b --concurrency 0", ("at least 1",)),

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MAX_TRIALS = 100_000
 MAX_WORKERS = 1024
+LEAST_TRIALS_PER_LAYOUT = 4
+"""Two of a study's trials are the default and the seed's configuration, whatever their warp count."""
 
 
 @click.command("tune", context_settings=CONTEXT_SETTINGS)
@@ -138,6 +140,8 @@ def read_requests(
     if not shapes:
         raise UsageError(f"every layer of {workload.name} has a sliding window, and those keep vLLM's own kernel")
     restrict = {"warps": warps} if warps else {}
+    if op == "dequant" and len(warps or ()) > 1 and not resume:
+        raise UsageError("--no-resume does not go with a comparison of warp counts: another --seed starts a new one")
     for problem in shapes:
         get_space(problem.op).restricted(restrict)
     devices = gpus or (0,)
@@ -196,26 +200,25 @@ def _compare_layouts(out: Console, request: TuneRequest, more_gpus: tuple[int, .
     from tuner.search import DEFAULT_TIMEOUT_S, DEFAULT_TRIALS, export_study, import_study
 
     counts = request.restrict["warps"]
-    trials = request.trials or DEFAULT_TRIALS[request.evidence]
-    timeout_s = request.timeout_s or DEFAULT_TIMEOUT_S[request.evidence]
-    joint = replace(request, trials=trials)
+    share = (request.trials or DEFAULT_TRIALS[request.evidence]) // len(counts)
+    timeout_s = (request.timeout_s or DEFAULT_TIMEOUT_S[request.evidence]) / len(counts)
     rows = []
     for count in counts:
-        share = replace(
+        part = replace(
             request,
             restrict={**request.restrict, "warps": (count,)},
-            trials=max(1, trials // len(counts)),
-            timeout_s=timeout_s / len(counts),
+            trials=max(LEAST_TRIALS_PER_LAYOUT, share),
+            timeout_s=timeout_s,
             output=None,
         )
         out.print(f"{count} warps per CTA")
-        result = _search(out, share, more_gpus)
-        rows.append(layout_row(int(count), result.table, request.target))
+        rows.append(layout_row(int(count), _search(out, part, more_gpus).table, request.target))
         with tempfile.TemporaryDirectory() as folder:
             recording = Path(folder) / "trials.json"
-            export_study(share, recording)
-            import_study(joint, recording)
+            export_study(part, recording)
+            import_study(request, recording)
+            known = export_study(request, recording)
     out.print("all layouts together")
-    result = _search(out, joint, more_gpus)
+    result = _search(out, replace(request, trials=known), more_gpus)
     out.print(terminal.layouts(rows))
     return result
