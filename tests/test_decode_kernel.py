@@ -11,10 +11,13 @@ from emulated import emulate_decode, worst_head_error
 
 from tuner.emulate import compile_many
 from tuner.formats import FORMATS, HEAD_DIMS, slot_layout
-from tuner.reference import Case, synthetic_cache
+from tuner.reference import Case, codebook, synthetic_cache
+from tuner.launch import cache_order
 from tuner.render import render
 from tuner.space import Config, Problem, default_config, get_space, seed_config
 from tuner.space.decode import direct_variant
+from tuner.space.plan import DecodePlan
+from tuner.suits import suited
 from tuner.targets import get_target
 
 SPACE = get_space("decode")
@@ -111,10 +114,18 @@ def test_head_major_memory_padding_and_wide_block_ids(config: Config) -> None:
 
 
 def test_slots_at_odd_multiples_of_two_bytes() -> None:
-    config = direct_variant(DEFAULT)
-    case = small_case(config, (100, 40), padding=34)
+    case = small_case(DEFAULT, (100, 40), padding=34)
     assert case.kv_cache.stride(0) % 16
+    config = suited(DEFAULT, cache_order(case.kv_cache))
+    assert config == direct_variant(DEFAULT)
     check(config, case)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_scaled_levels_are_nearly_halves(bits: int) -> None:
+    plan = DecodePlan(default_config(Problem("decode", 128, 4, f"turboquant_{bits}bit_nc")))
+    levels = codebook(bits, 128) * plan.level_scale
+    assert (levels.half().double() - levels).norm() / levels.norm() < 3e-5
 
 
 def test_one_block_table_row_for_all_requests() -> None:

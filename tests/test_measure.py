@@ -290,7 +290,7 @@ def test_a_hanging_kernel_is_given_up(measurer: Measurer, good: Built, tmp_path:
 @pytest.mark.gpu
 def test_a_missing_or_damaged_cubin_is_an_error(measurer: Measurer, good: Built, tmp_path: Path) -> None:
     damaged = tmp_path / "damaged.cubin"
-    damaged.write_bytes(good.cubin.read_bytes()[:100] + bytes(3000))
+    damaged.write_bytes(b"not a cubin" + good.cubin.read_bytes()[:100])
     for path in (damaged, tmp_path / "none.cubin"):
         answer = measurer.check(CONFIG, path)
         assert isinstance(answer, Failure)

@@ -49,6 +49,8 @@ def refusal(config: Config, order: CacheOrder) -> str | None:
     alignment = DecodePlan(config).alignment
     if any(stride % alignment for stride in order.strides):
         return f"slots are not aligned to {alignment} bytes"
+    if config["load"] == "cp_async" and order.block % 16:
+        return "blocks do not all start at the same offset from a multiple of 16 bytes (load=cp_async)"
     return None
 
 

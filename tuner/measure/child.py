@@ -102,7 +102,7 @@ class Child:
         timings = []
         for key, case in cases.items():
             with suppress(torch.cuda.OutOfMemoryError):
-                sample = self.timer.short(self.timer.capture(self._prepare_baseline(name, request["op"], case)))
+                sample = self.timer.short(self.timer.capture(self._prepare_baseline(name, request["kernel_op"], case)))
                 timings.append({"bucket": key, "splits": 0, "sample": asdict(sample)})
             self._release()
         return timings
@@ -121,7 +121,7 @@ class Child:
             name = contestant["name"]
             try:
                 if contestant["config"] is None:
-                    call = self._prepare_baseline(name, request["op"], case)
+                    call = self._prepare_baseline(name, request["kernel_op"], case)
                 else:
                     config = Config.from_dict(contestant["config"])
                     kernels.append(LoadedKernel.load(Path(contestant["cubin"]), config, self.device))

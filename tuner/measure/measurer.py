@@ -130,7 +130,7 @@ class Measurer:
         for name in names:
             payload = {
                 "name": name,
-                "op": op,
+                "kernel_op": op,
                 "shape": asdict(shape),
                 "cache_format": cache_format,
                 "buckets": [asdict(bucket) for bucket in buckets],
@@ -163,7 +163,7 @@ class Measurer:
                 }
                 for c in contestants
             ],
-            "op": op,
+            "kernel_op": op,
             "shape": asdict(shape),
             "cache_format": cache_format,
             "bucket": asdict(bucket),
