@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tuner.errors import TunerError, UsageError
+from tuner.geometry import entry_points
 from tuner.render import (
     ceil_div,
-    entry_points,
     float_literal,
     format_source,
     hex_literal,

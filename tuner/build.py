@@ -25,7 +25,8 @@ from typing import Any
 
 from tuner import nvcc_job, toolchain
 from tuner.errors import TunerError
-from tuner.render import Source, entry_points
+from tuner.geometry import entry_points
+from tuner.render import Source
 from tuner.targets import get_target
 
 NVCC_FLAGS = ("-std=c++17", "-O3", "-cubin", "-Xptxas", "-v")

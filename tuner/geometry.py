@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tuner.space.core import Config
 from tuner.space.dequant import shape
 from tuner.space.plan import DecodePlan
+from tuner.space.store import shape as store_shape
 from tuner.targets import Target
 
 
@@ -28,6 +29,13 @@ class Scratch:
 
 
 _REDUCE_WARPS = 4
+
+
+def entry_points(config: Config) -> tuple[str, ...]:
+    """Names of the ``extern "C"`` kernels of a source, the main one first."""
+    if config.problem.op == "decode" and config["reduction"] == "kernel":
+        return ("wph_decode", "wph_decode_reduce")
+    return (f"wph_{config.problem.op}",)
 
 
 def _head_groups(config: Config, kv_heads: int) -> int:
@@ -59,6 +67,12 @@ def dequant_geometry(config: Config, *, entries: int, block_size: int, kv_heads:
     ctas = -(-block_size * kv_heads // s.slots)
     y = max(1, min(entries, _GRID_Y_MAX))
     return Geometry((ctas, y, max(1, -(-entries // y))), 32 * config["warps"], s.shared_bytes)
+
+
+def store_geometry(config: Config, *, tokens: int, kv_heads: int) -> Geometry:
+    """Geometry of ``wph_store``: x counts the CTAs over all tokens x heads."""
+    s = store_shape(config)
+    return Geometry((max(1, -(-tokens * kv_heads // s.pairs)), 1, 1), 32 * config["warps"], s.shared_bytes)
 
 
 def decode_scratch(config: Config, *, batch: int, kv_heads: int, splits: int) -> Scratch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from cupy_backends.cuda.api import driver
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from tuner.arguments import decode_params, dequant_params, group
 from tuner.errors import TunerError, UsageError
-from tuner.geometry import Geometry, decode_geometry, decode_scratch, dequant_geometry, reduce_geometry
-from tuner.reference import Codec
-from tuner.render import entry_points
+from tuner.geometry import Geometry, decode_geometry, decode_scratch, dequant_geometry, entry_points, reduce_geometry
 from tuner.space import Config
 from tuner.suits import CacheOrder, refusal
+
+if TYPE_CHECKING:
+    from tuner.reference import Codec
 
 _FREE_SHARED_BYTES = 48 * 1024
 """Dynamic shared memory that a kernel may use without asking for it."""

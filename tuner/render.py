@@ -17,6 +17,7 @@ from tuner import abi, formats
 from tuner.errors import TunerError
 from tuner.space import Config, Space, get_space
 from tuner.space import dequant as dequant_space
+from tuner.space import store as store_space
 from tuner.space.plan import DecodePlan
 
 _LINE_WIDTH = 120
@@ -180,7 +181,8 @@ def _context(config: Config) -> Mapping[str, Any]:
     if p.op == "decode":
         context["plan"] = DecodePlan(config)
     else:
-        context["shape"] = dequant_space.shape(config)
+        shape_of = {"dequant": dequant_space.shape, "store": store_space.shape}[p.op]
+        context["shape"] = shape_of(config)
     return context
 
 
@@ -214,10 +216,3 @@ def render(config: Config, template_dir: Path | None = None) -> Source:
         raise TunerError(f"template {place}: {e}") from e
     text = format_source(header(config) + body)
     return Source(config, text, hashlib.sha256(text.encode()).hexdigest())
-
-
-def entry_points(config: Config) -> tuple[str, ...]:
-    """Names of the ``extern "C"`` kernels of a source, the main one first."""
-    if config.problem.op == "decode" and config["reduction"] == "kernel":
-        return ("wph_decode", "wph_decode_reduce")
-    return (f"wph_{config.problem.op}",)
