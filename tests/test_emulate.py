@@ -70,6 +70,7 @@ def fault(root):
 OPERATIONS = (
     *("prmt", "funnel", "add", "sub", "mul", "fma", "pack", "bf2"),
     *("half", "bf16", "low", "high", "e4m3", "ex2", "to_half", "to_bf16"),
+    *("to_e4m3", "add_down"),
 )
 
 
@@ -77,7 +78,7 @@ def run_words(primitive, a, b=None, c=None):
     words = [np.ascontiguousarray(np.broadcast_to(0 if x is None else x, a.shape), np.uint32) for x in (a, b, c)]
     n = a.size
     operands = dict(zip("abc", words, strict=True))
-    out = primitive("words", np.zeros((16, n), np.uint32), grid=-(-n // 128), block=128, n=n, **operands)
+    out = primitive("words", np.zeros((len(OPERATIONS), n), np.uint32), grid=-(-n // 128), block=128, n=n, **operands)
     return dict(zip(OPERATIONS, out, strict=True))
 
 
@@ -110,6 +111,29 @@ def test_every_half_bf16_and_e4m3_converts_exactly(primitive):
     # And back: a half that becomes a float becomes the same half.
     back = run_words(primitive, as_half.view(np.uint32))
     same(back["to_half"].astype(np.uint16).view(np.float16), v.astype(np.uint16).view(np.float16))
+
+
+def test_floats_to_e4m3_round_to_nearest_even_and_saturate(primitive):
+    rng = np.random.default_rng(2)
+    every = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    ties = (every[:-1] + every[1:]) / 2
+    extremes = np.float32([448, 464, 465, 1e30, np.inf, np.nan, 2**-10, 1e-40])
+    random = (rng.standard_normal(5000) * 2.0 ** rng.integers(-12, 10, 5000)).astype(np.float32)
+    a = np.concatenate([every, ties, np.nextafter(ties, np.float32(0)), extremes, random]).astype(np.float32)
+    result = run_words(primitive, a.view(np.uint32), (-a).view(np.uint32))["to_e4m3"]
+    clamped = torch.from_numpy(np.stack([a, -a])).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+    numbers = ~np.isnan(a)
+    np.testing.assert_array_equal((result & 255)[numbers], clamped[0][numbers])
+    np.testing.assert_array_equal((result >> 8)[numbers], clamped[1][numbers])
+    assert (result[~numbers] & 0x7F7F == 0x7F7F).all()
+
+
+def test_sums_rounded_down_give_the_floor(primitive):
+    rng = np.random.default_rng(3)
+    whole = np.arange(1, 64, dtype=np.float32)
+    a = np.concatenate([whole, np.nextafter(whole, np.float32(0)), rng.uniform(0, 1000, 5000).astype(np.float32)])
+    result = run_words(primitive, a.view(np.uint32), np.full(a.shape, 2.0**23, np.float32).view(np.uint32))["add_down"]
+    np.testing.assert_array_equal(result & 0x7FFFFF, np.floor(a).astype(np.uint32))
 
 
 def test_floats_round_once_to_nearest_even(primitive):

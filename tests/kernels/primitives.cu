@@ -29,8 +29,10 @@ extern "C" __global__ void __launch_bounds__(128, 1) words(const __grid_constant
         float_to_bits(ex2(bits_to_float(a))),
         float_to_half(bits_to_float(a)),
         float_to_bf16(bits_to_float(a)),
+        e4m3_pack(bits_to_float(a), bits_to_float(b)),
+        float_to_bits(add_down(bits_to_float(a), bits_to_float(b))),
     };
-    for (int k = 0; k < 16; ++k) p.out[k * p.n + i] = results[k];
+    for (int k = 0; k < 18; ++k) p.out[k * p.n + i] = results[k];
 }
 
 extern "C" __global__ void warp(const __grid_constant__ Params p) {

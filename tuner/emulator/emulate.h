@@ -85,6 +85,8 @@ float half_value(unsigned short v);
 unsigned short half_bits(double v);
 unsigned short bfloat_bits(float v);
 unsigned short half_from_e4m3(unsigned char v);
+unsigned char e4m3_bits(float v);
+float sum_down(float a, float b);
 unsigned permute_bytes(unsigned a, unsigned b, unsigned selector);
 enum class Half2 { add, subtract, multiply, fma };
 unsigned half2_arithmetic(Half2 kind, unsigned a, unsigned b, unsigned c);
@@ -186,6 +188,10 @@ WPH_DEVICE unsigned h2_from_e4m3(unsigned short v) {
     return static_cast<unsigned>(wph::half_from_e4m3(static_cast<unsigned char>(v >> 8))) << 16 |
            wph::half_from_e4m3(static_cast<unsigned char>(v & 0xffu));
 }
+WPH_DEVICE unsigned short e4m3_pack(float lo, float hi) {
+    return static_cast<unsigned short>(wph::e4m3_bits(hi) << 8 | wph::e4m3_bits(lo));
+}
+WPH_DEVICE float add_down(float a, float b) { return wph::sum_down(a, b); }
 // Results below the normal range become zero; inputs there count as zero.
 WPH_DEVICE float ex2(float v) {
     const float d = exp2f(v);

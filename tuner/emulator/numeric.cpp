@@ -66,6 +66,27 @@ unsigned short half_from_e4m3(unsigned char v) {
     return half_bits(v & 0x80u ? -magnitude : magnitude);
 }
 
+unsigned char e4m3_bits(float v) {
+    if (v != v) return 0x7fu;
+    const unsigned sign = std::signbit(v) ? 0x80u : 0u;
+    const double magnitude = std::fmin(std::fabs(static_cast<double>(v)), 448.0);
+    if (magnitude < 0x1p-6) {  // multiples of 2^-9; a carry into the first normal number comes out right
+        return static_cast<unsigned char>(sign + static_cast<unsigned>(std::nearbyint(magnitude * 0x1p9)));
+    }
+    int exponent;
+    const double fraction = std::frexp(magnitude, &exponent);  // magnitude = 2^(exponent - 1) * 1.m
+    const unsigned mantissa = static_cast<unsigned>(std::nearbyint(fraction * 16.0));
+    return static_cast<unsigned char>(sign + (static_cast<unsigned>(exponent + 5) << 3) + mantissa);
+}
+
+// The sum is exact in double unless the smaller operand lies wholly below the other's 53 bits; there a negative one is
+// lost, which no kernel adds.
+float sum_down(float a, float b) {
+    const double exact = static_cast<double>(a) + static_cast<double>(b);
+    const float rounded = static_cast<float>(exact);
+    return static_cast<double>(rounded) > exact ? std::nextafterf(rounded, -INFINITY) : rounded;
+}
+
 unsigned half2_arithmetic(Half2 kind, unsigned a, unsigned b, unsigned c) {
     unsigned word = 0;
     for (int shift = 0; shift < 32; shift += 16) {
