@@ -1,0 +1,143 @@
+"""vLLM's TurboQuant backend with the decode seam replaced. vLLM imports this module by name.
+
+Only ``_decode_attention`` and the decode call that continuation prefill makes for small chunks are ours; everything
+else, and every call that we cannot serve, is vLLM's own code. Nothing of ours but this file is needed for that.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextvars import ContextVar
+from typing import Any, ClassVar
+
+import torch
+from vllm.v1.attention.backend import AttentionCGSupport
+from vllm.v1.attention.backends import turboquant_attn as upstream
+
+
+class WphTurboQuantBackend(upstream.TurboQuantAttentionBackend):
+    """Keeps upstream's name, cache shape and rules; hands out our implementation and builder."""
+
+    @staticmethod
+    def get_impl_cls() -> type[WphTurboQuantImpl]:
+        return WphTurboQuantImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[WphTurboQuantMetadataBuilder]:
+        return WphTurboQuantMetadataBuilder
+
+
+class WphTurboQuantMetadataBuilder(upstream.TurboQuantMetadataBuilder):
+    """Declares what decode graphs can do, and loads kernels before the first of them is captured."""
+
+    # Upstream claims graphs for any uniform query length, but its prefill path reads lengths on the host: with
+    # speculative decoding a captured graph would replay stale ones. Single-token decode is what is safe.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        try:
+            from tuner.vllm.startup import prepare
+
+            prepare(layer_names, vllm_config, device)
+        except Exception as error:
+            upstream_only(f"start-up failed: {type(error).__name__}: {error}")
+
+
+class WphTurboQuantImpl(upstream.TurboQuantAttentionImpl):
+    """One layer. ``wph_layer`` is None where our part could not even be imported."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.wph_layer: Any = None
+        try:
+            from tuner.vllm.eligible import layer_facts
+            from tuner.vllm.layer import Layer
+
+            bound = inspect.signature(upstream.TurboQuantAttentionImpl.__init__).bind(self, *args, **kwargs)
+            self.wph_layer = Layer(layer_facts(bound.arguments))
+            if getattr(self, "_soa_store", False):
+                self.wph_layer.reason = "the cache is kept in AMD's layout"
+        except Exception as error:
+            upstream_only(f"{type(error).__name__}: {error}")
+
+    def _decode_attention(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        Pi: torch.Tensor,  # noqa: N803 (upstream's name)
+        centroids: torch.Tensor,
+        PiT: torch.Tensor | None = None,  # noqa: N803
+        layer: Any = None,
+    ) -> torch.Tensor:
+        if self.wph_layer is not None:
+            out = self.wph_layer.decode(
+                query,
+                kv_cache,
+                attn_metadata.block_table,
+                attn_metadata.seq_lens,
+                centroids,
+                attn_metadata.max_seq_len,
+            )
+            if out is not None:
+                return out
+        return super()._decode_attention(query, kv_cache, attn_metadata, Pi, centroids, PiT, layer)
+
+    def _prefill_attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        Pi: torch.Tensor,  # noqa: N803
+        centroids: torch.Tensor,
+        PiT: torch.Tensor | None = None,  # noqa: N803
+        layer: Any = None,
+    ) -> torch.Tensor:
+        token = _prefilling.set((self.wph_layer, attn_metadata.max_seq_len))
+        try:
+            return super()._prefill_attention(
+                query, key, value, kv_cache, attn_metadata, Pi, centroids, PiT, layer=layer
+            )
+        finally:
+            _prefilling.reset(token)
+
+
+_prefilling: ContextVar[tuple[Any, int] | None] = ContextVar("_prefilling", default=None)
+"""The layer whose prefill is running, and the longest request of its batch."""
+_upstream_decode = upstream.triton_turboquant_decode_attention
+
+
+def _continuation_decode(**call: Any) -> torch.Tensor:
+    """Stands in for the module global that upstream calls; every call from elsewhere passes through."""
+    current = _prefilling.get()
+    if current is not None and current[0] is not None:
+        layer, context = current
+        out = layer.decode(
+            call["query"], call["kv_cache"], call["block_table"], call["seq_lens"], call["centroids"], context
+        )
+        if out is not None:
+            return out
+    return _upstream_decode(**call)
+
+
+def hook() -> None:
+    """Routes the continuation call through us."""
+    upstream.triton_turboquant_decode_attention = _continuation_decode
+
+
+def unhook() -> None:
+    """Restores what ``hook`` replaced."""
+    upstream.triton_turboquant_decode_attention = _upstream_decode
+
+
+def upstream_only(reason: str) -> None:
+    """Says why vLLM's own kernels run, even where our own modules are what is broken."""
+    import logging
+
+    logging.getLogger("vllm.plugins.wph").warning("wph: vLLM's own TurboQuant kernels run: %s", reason)
+
+
+hook()

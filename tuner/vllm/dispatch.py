@@ -1,0 +1,179 @@
+"""Which kernel serves a call: everything that may ever run is verified and loaded when a problem first comes up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from tuner.errors import TunerError
+from tuner.geometry import decode_scratch, split_candidates
+from tuner.launch import LoadedKernel
+from tuner.space.core import Config, Problem
+from tuner.space.plan import DecodePlan
+from tuner.suits import CacheOrder, refusal
+from tuner.table import Table, find, lookup, read, read_cubin
+from tuner.targets import Target, attached
+from tuner.vllm import defaults, log
+
+_REMEMBERED = 4096
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A loaded kernel and the splits to launch it with; ``origin`` says who chose it."""
+
+    kernel: LoadedKernel
+    splits: int
+    origin: str
+
+
+@dataclass(frozen=True)
+class _Default:
+    kernel: LoadedKernel
+    registers: int
+
+
+class Dispatch:
+    """The kernels of one problem on one device; ``problem_found`` says why there are none, or why not the tuned ones.
+
+    A table that is damaged, for another arch, or with cubins that are not what it names leaves the problem to vLLM's
+    kernel, even where default kernels exist: someone meant to install something and should hear that it is broken.
+    """
+
+    def __init__(self, problem: Problem, kv_heads: int, device: int) -> None:
+        self.problem, self.kv_heads, self.device = problem, kv_heads, device
+        self.table: Table | None = None
+        self.defaults: tuple[_Default, ...] = ()
+        self.target: Target | None = None
+        self._kernels: dict[str, LoadedKernel] = {}
+        self._choices: dict[tuple[int, int | None, CacheOrder], Chosen | None] = {}
+        self.problem_found = self._load()
+
+    @property
+    def usable(self) -> bool:
+        return self.table is not None or bool(self.defaults)
+
+    def describe(self) -> str:
+        """What runs, for the summary."""
+        if self.table is not None:
+            table = self.table
+            return f"table of {table.device.name} ({table.evidence}, {len(table.kernels)} kernels)"
+        if self.defaults:
+            return "default kernel (no table for this device: tune to choose better ones)"
+        return f"vLLM's kernel: {self.problem_found}"
+
+    def choose(self, batch: int, context: int | None, max_context: int, order: CacheOrder) -> Chosen | None:
+        """The kernel for ``batch`` rows; None where vLLM's own must run.
+
+        ``context`` is the longest request, None in a CUDA graph, whose kernel serves every length up to
+        ``max_context``.
+        """
+        key = (batch, context, order)
+        if key not in self._choices:
+            if len(self._choices) >= _REMEMBERED:
+                self._choices.clear()
+            self._choices[key] = self._tuned(batch, context, order) or self._default(
+                batch, context or max_context, order
+            )
+        return self._choices[key]
+
+    def requirement(self, rows: int, max_context: int) -> tuple[int, int]:
+        """Most fp32 partials and counters that any call of up to ``rows`` rows can need."""
+        floats = counters = 0
+        for config, batch, splits in self._possible(rows, max_context):
+            need = decode_scratch(config, batch=batch, kv_heads=self.kv_heads, splits=splits)
+            floats, counters = max(floats, need.partial_floats), max(counters, need.counters)
+        return floats, counters
+
+    def _load(self) -> str | None:
+        name = torch.cuda.get_device_name(self.device)
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(self.device))
+        path = find(self.problem, name)
+        try:
+            self.target = attached(self.device)
+            if path is not None:
+                table = read(path, arch=arch)
+                for kernel in table.kernels:
+                    image = read_cubin(path, table, kernel.id)
+                    self._kernels[kernel.id] = self._ready(image, kernel.config(self.problem))
+                self.table = table
+            self._load_defaults(arch)
+        except Exception as error:  # whatever a file or the driver may do, vLLM must go on with its own kernel
+            self.table, self.defaults = None, ()
+            reason = str(error) if isinstance(error, TunerError) else f"{type(error).__name__}: {error}"
+            log.warn(f"{self.problem.cache_format} at head dim {self.problem.head_dim}: vLLM's kernel runs: {reason}")
+            return reason
+        if not self.usable:
+            return f"no table for {name}, no default kernel for {arch} (python tune.py --model ..., then install)"
+        return None
+
+    def _load_defaults(self, arch: str) -> None:
+        path = defaults.find(self.problem, arch)
+        if path is None or self.target is None:
+            return
+        try:
+            found = defaults.read(path, self.problem, arch)
+            self.defaults = tuple(
+                _Default(self._ready(found.cubins[k.id], k.config(self.problem)), k.registers) for k in found.kernels
+            )
+        except TunerError as error:
+            if self.table is None:
+                raise
+            log.warn(f"default kernels are left out: {error}")
+
+    def _ready(self, image: bytes, config: Config) -> LoadedKernel:
+        kernel = LoadedKernel.load(image, config, self.device)
+        kernel.reserve_shared("wph_decode", DecodePlan(config).shared_bytes)
+        return kernel
+
+    def _tuned(self, batch: int, context: int | None, order: CacheOrder) -> Chosen | None:
+        if self.table is None:
+            return None
+        choice = lookup(self.table, batch, context, kv_heads=self.kv_heads)
+        if choice is None:
+            return None
+        kernel = self._kernels[choice.kernel]
+        reason = refusal(kernel.config, order)
+        if reason is not None:
+            log.say(f"tuned kernel {choice.kernel} cannot read this cache: {reason}")
+            return None
+        return Chosen(kernel, choice.splits, f"table, kernel {choice.kernel}")
+
+    def _default(self, batch: int, context: int, order: CacheOrder) -> Chosen | None:
+        for default in self.defaults:
+            if refusal(default.kernel.config, order) is None:
+                return Chosen(default.kernel, self._default_splits(default, batch, context), "default kernel")
+        return None
+
+    def _default_splits(self, default: _Default, batch: int, context: int) -> int:
+        assert self.target is not None
+        return split_candidates(
+            default.kernel.config,
+            registers=default.registers,
+            batch=batch,
+            kv_heads=self.kv_heads,
+            max_context=context,
+            target=self.target,
+        )[0]
+
+    def _possible(self, rows: int, max_context: int) -> Iterable[tuple[Config, int, int]]:
+        """Every (configuration, batch, splits) that ``choose`` may answer with, but for smaller default splits."""
+        contexts: list[int | None] = [None]
+        if self.table is not None:
+            contexts += sorted({e.timing.context for e in self.table.by_batch_and_context})
+        for batch in range(1, rows + 1):
+            for default in self.defaults:
+                yield default.kernel.config, batch, self._default_splits(default, batch, max_context)
+            for context in contexts if self.table is not None else ():
+                choice = lookup(self.table, batch, context, kv_heads=self.kv_heads) if self.table else None
+                if choice is not None:
+                    yield self._kernels[choice.kernel].config, batch, choice.splits
+
+
+@cache
+def dispatch_for(problem: Problem, kv_heads: int, device: int) -> Dispatch:
+    """One per process, shared by all layers with that problem."""
+    return Dispatch(problem, kv_heads, device)

@@ -1,0 +1,181 @@
+"""One attention layer at run time: decides, launches, and hands back to vLLM's kernel whatever it cannot do."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tuner.arguments import decode_params
+from tuner.geometry import Geometry, decode_scratch
+from tuner.launch import cache_order, decode_launches
+from tuner.vllm import log
+from tuner.vllm.dispatch import Chosen, Dispatch, dispatch_for
+from tuner.vllm.eligible import LayerFacts, objection
+from tuner.vllm.scratch import Scratch, scratch_for
+from tuner.vllm.timing import Timings
+
+_REMEMBERED = 2048
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A launch whose arguments were checked once; addresses are filled in per call.
+
+    The driver copies the structure when it launches or captures, so one may be reused.
+    """
+
+    chosen: Chosen
+    launches: list[tuple[str, Geometry]]
+    params: Any
+    pointers: Any
+    constants: tuple[Tensor, ...]
+
+
+class Layer:
+    """``facts`` as vLLM built the layer. ``reason`` says why vLLM's kernel runs it; None while ours may."""
+
+    def __init__(self, facts: LayerFacts) -> None:
+        self.facts = facts
+        self.name = "?"
+        self.reason = objection(facts)
+        self.dispatch: Dispatch | None = None
+        self._scratch: Scratch | None = None
+        self._max_context = 0
+        self._prepared: dict[tuple[object, ...], _Prepared] = {}
+
+    def prepare(self, device: torch.device, name: str = "?", max_context: int = 0) -> None:
+        """Verifies and loads this layer's kernels; ``max_context`` 0: as far as the block table reaches.
+
+        Never raises.
+        """
+        self.name, self._max_context = name, max_context
+        if self.reason is not None or self.dispatch is not None:
+            return
+        try:
+            index = torch.cuda.current_device() if device.index is None else device.index
+            dispatch = dispatch_for(self.facts.problem, self.facts.kv_heads, index)
+            self._scratch = scratch_for(torch.device("cuda", index))
+        except Exception as error:
+            self.give_up(error)
+            return
+        self.dispatch = dispatch
+        if not dispatch.usable:
+            self.reason = dispatch.problem_found
+
+    def reserve(self, rows: int, dtype: torch.dtype) -> None:
+        """Makes room for calls of up to ``rows`` rows; after ``prepare`` and before capture. Never raises."""
+        if self.reason is not None or self.dispatch is None or self._scratch is None:
+            return
+        try:
+            floats, counters = self.dispatch.requirement(rows, self._max_context)
+            shape = (rows, self.facts.q_heads, self.facts.head_dim)
+            self._scratch.reserve(floats, counters, shape, dtype)
+        except Exception as error:
+            self.give_up(error)
+
+    def give_up(self, error: Exception) -> None:
+        """From here on vLLM's kernel runs this layer."""
+        self.reason = f"{type(error).__name__}: {error}"
+        log.warn(f"{self.facts.describe()}: vLLM's kernel runs from here on: {self.reason}")
+
+    def decode(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        centroids: Tensor,
+        context: int | None,
+    ) -> Tensor | None:
+        """Attention of ``query`` [B, Hq, D] over the cache, valid until the next call; None: vLLM's kernel must run.
+
+        ``context``: the longest request as the host knows it, an upper bound will do. Never raises.
+        """
+        if self.reason is not None:
+            return None
+        try:
+            return self._decode(query, kv_cache, block_table, seq_lens, centroids, context)
+        except Exception as error:
+            self.give_up(error)
+            return None
+
+    def _decode(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        centroids: Tensor,
+        context: int | None,
+    ) -> Tensor | None:
+        batch = query.shape[0]
+        if batch == 0 or query.device.type != "cuda" or min(seq_lens.shape[0], block_table.shape[0]) < batch:
+            return None
+        capturing = torch.cuda.is_current_stream_capturing()
+        if self.dispatch is None:
+            if capturing:
+                return None
+            self.prepare(query.device)
+        dispatch, scratch = self.dispatch, self._scratch
+        if dispatch is None or scratch is None or self.reason is not None:
+            return None
+        order = cache_order(kv_cache)
+        longest = self._max_context or block_table.shape[1] * kv_cache.shape[1]
+        chosen = dispatch.choose(batch, None if capturing else context or None, longest, order)
+        if chosen is None:
+            log.say(f"{self.facts.describe()}, batch {batch}: no kernel of ours reads this cache, vLLM's runs")
+            return None
+        if log.is_debug():
+            log.debug(f"{self.name}: batch {batch}{' in a graph' if capturing else ''}: {chosen.origin}")
+        need = decode_scratch(chosen.kernel.config, batch=batch, kv_heads=self.facts.kv_heads, splits=chosen.splits)
+        counters = scratch.counters(need.counters)
+        partials, out = scratch.take(need.partial_floats, (batch, query.shape[1], query.shape[2]), query.dtype)
+        seq_lens, block_table = seq_lens[:batch], block_table[:batch]
+        key = (
+            id(chosen.kernel), chosen.splits, query.shape, query.stride(), query.dtype, order,
+            block_table.shape, block_table.stride(), block_table.dtype, seq_lens.dtype, centroids.data_ptr(),
+        )  # fmt: skip
+        prepared = self._prepared.get(key)
+        if prepared is None:
+            tensors = (query, kv_cache, block_table, seq_lens, out)
+            prepared = self._prepare_launch(chosen, tensors, partials, counters, centroids)
+            if len(self._prepared) >= _REMEMBERED:
+                self._prepared.clear()
+            self._prepared[key] = prepared
+        p = prepared.params
+        p.query, p.out, p.block_table, p.seq_lens = (
+            query.data_ptr(), out.data_ptr(), block_table.data_ptr(), seq_lens.data_ptr(),
+        )  # fmt: skip
+        p.partials, p.counters = partials.data_ptr(), counters.data_ptr()
+        with TIMINGS.call(self.facts, batch, capturing):
+            for entry, geometry in prepared.launches:
+                chosen.kernel.launch(entry, geometry, ctypes.addressof(prepared.pointers))
+        return out
+
+    def _prepare_launch(
+        self, chosen: Chosen, tensors: tuple[Tensor, ...], partials: Tensor, counters: Tensor, centroids: Tensor
+    ) -> _Prepared:
+        query, kv_cache, block_table, seq_lens, out = tensors
+        params, _ = decode_params(
+            query,
+            kv_cache,
+            block_table,
+            seq_lens,
+            out,
+            cache_format=self.facts.cache_format,
+            scale=self.facts.scale,
+            splits=chosen.splits,
+            partials=partials,
+            counters=counters,
+            centroids=centroids,
+        )
+        launches = decode_launches(chosen.kernel.config, query, kv_cache, chosen.splits)
+        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        return _Prepared(chosen, launches, params, pointers, (centroids,))
+
+
+TIMINGS = Timings.from_environment()
