@@ -62,6 +62,27 @@ DEQUANT_FIELDS: tuple[Field, ...] = (
     ("by_block_id", c_int32, "1: destination block = block id; 0: position in the flattened block table"),
 )
 
+STORE_FIELDS: tuple[Field, ...] = (
+    ("key", "const void", "[>= tokens, kv_heads, D] bf16 or fp16"),
+    ("key_token_stride", c_int64, "elements"),
+    ("key_head_stride", c_int64, "elements"),
+    ("value", "const void", "likewise, of the same type"),
+    ("value_token_stride", c_int64, "elements"),
+    ("value_head_stride", c_int64, "elements"),
+    ("is_bf16", c_int32, "1: key and value are bf16, 0: fp16"),
+    ("slot_mapping", "const void", "slots [tokens], int32 or int64: block * block_size + token; negative: none"),
+    ("slot_mapping_bytes", c_int32, "4 or 8: size of a slot number"),
+    ("tokens", c_int32, "new tokens"),
+    ("kv_heads", c_int32, "KV heads"),
+    ("kv_cache", "unsigned char", "first byte of the cache"),
+    ("block_stride", c_int64, "bytes between blocks"),
+    ("plane_stride", c_int64, "bytes from the key plane to the value plane (0: one slot holds both)"),
+    ("token_stride", c_int64, "bytes between tokens of a block"),
+    ("head_stride", c_int64, "bytes between KV heads"),
+    ("block_size", c_int32, "tokens per block"),
+    *_CODE,
+)
+
 
 def _structure(name: str, fields: tuple[Field, ...]) -> type[ctypes.Structure]:
     ctypes_fields = [(n, c_uint64 if isinstance(t, str) else t) for n, t, _ in fields]
@@ -70,10 +91,12 @@ def _structure(name: str, fields: tuple[Field, ...]) -> type[ctypes.Structure]:
 
 DecodeParams = _structure("DecodeParams", DECODE_FIELDS)
 DequantParams = _structure("DequantParams", DEQUANT_FIELDS)
+StoreParams = _structure("StoreParams", STORE_FIELDS)
 
 STRUCTURES: dict[str, tuple[str, tuple[Field, ...]]] = {
     "decode": ("DecodeParams", DECODE_FIELDS),
     "dequant": ("DequantParams", DEQUANT_FIELDS),
+    "store": ("StoreParams", STORE_FIELDS),
 }
 
 

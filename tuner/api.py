@@ -12,8 +12,8 @@ from torch import Tensor
 from tuner.arguments import group
 from tuner.errors import TunerError, UsageError
 from tuner.formats import SlotLayout, slot_layout
-from tuner.kernels import Selection, Tables, default_decode, default_dequant
-from tuner.launch import DecodeCall, DequantCall, Workspace, cache_order
+from tuner.kernels import Selection, Tables, default_decode, default_dequant, default_store
+from tuner.launch import DecodeCall, DequantCall, StoreCall, Workspace, cache_order
 from tuner.reference import Codec
 from tuner.reference import store as reference_store
 from tuner.space import Problem
@@ -144,13 +144,26 @@ def store(
     centroids: Tensor | None = None,
     signs: Tensor | None = None,
     channels: Tensor | None = None,
+    tables: Tables | None = None,
 ) -> None:
     """Quantises ``key`` and ``value`` [N, Hk, D] into the slots ``slot_mapping`` [N]; negative ones write nothing.
 
-    A torch reference, on any device; slot = block * block_size + token. Constants as in decode_attention().
+    ``key``, ``value`` bf16 or fp16, any strides but the last; slot = block * block_size + token, int32 or int64, no
+    slot twice. One launch on a GPU, of the table's or the default kernel; the torch reference for tensors on the CPU,
+    which takes any float type. Everything else as in decode_attention().
     """
     layout = slot_layout(cache_format, key.shape[-1])
-    reference_store(kv_cache, key, value, slot_mapping, _codec(layout, kv_cache.device, centroids, signs, channels))
+    codec = _codec(layout, kv_cache.device, centroids, signs, channels)
+    if kv_cache.device.type != "cuda":
+        reference_store(kv_cache, key, value, slot_mapping, codec)
+        return
+    problem = Problem("store", layout.head_dim, 1, cache_format)
+    chosen: Selection | None = None
+    if tables is not None:
+        chosen = tables.select(problem, batch=slot_mapping.shape[0], kv_heads=kv_cache.shape[-2])
+    if chosen is None:
+        chosen = default_store(problem, _cuda_index(kv_cache))
+    StoreCall(chosen.kernel, kv_cache, key, value, slot_mapping, codec=codec)()
 
 
 def _cuda_index(kv_cache: Tensor) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tuner.abi import DecodeParams, DequantParams
+from tuner.abi import DecodeParams, DequantParams, StoreParams
 from tuner.errors import UsageError
 from tuner.formats import SlotLayout, slot_layout
 
@@ -119,6 +119,58 @@ def dequant_params(
     return params, tensors
 
 
+def store_params(
+    kv_cache: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    *,
+    cache_format: str,
+    centroids: Tensor,
+    signs: Tensor | None = None,
+    channels: Tensor | None = None,
+) -> tuple[Structure, dict[str, Tensor]]:
+    """StoreParams for one call of ``wph_store``.
+
+    ``key``, ``value``: bf16 or fp16 [at least N, Hk, D], any strides but the last. ``slot_mapping``: int32 or
+    int64 [N], block * block_size + token, negative where nothing is written; rows beyond the first N are ignored.
+    Raises UsageError.
+    """
+    _expect("key", key, 3, (torch.bfloat16, torch.float16))
+    _expect("value", value, 3, (key.dtype,))
+    _expect("slot_mapping", slot_mapping, 1, (torch.int32, torch.int64))
+    if slot_mapping.stride(0) != 1 and slot_mapping.shape[0] > 1:
+        raise UsageError(f"slot_mapping has stride {slot_mapping.stride(0)}: expected 1")
+    if value.shape != key.shape:
+        raise UsageError(f"value has shape {_shape(value)}: expected that of key, {_shape(key)}")
+    tokens, kv_heads = slot_mapping.shape[0], key.shape[1]
+    if key.shape[0] < tokens:
+        raise UsageError(f"key has {key.shape[0]} tokens but slot_mapping {tokens}: expected at least as many")
+    layout = slot_layout(cache_format, key.shape[2])
+    tensors = {"key": key, "value": value, "slot_mapping": slot_mapping, "kv_cache": kv_cache}
+    fields = _slot_fields(layout, kv_cache)
+    _code_fields(layout, centroids, signs, channels, tensors)
+    _expect_one_device(tensors)
+    if fields["kv_heads"] != kv_heads:
+        raise UsageError(f"key has {kv_heads} heads but kv_cache {fields['kv_heads']}: expected the same")
+    # The kernel numbers slots and (token, head) pairs with 32 bits.
+    if kv_cache.shape[0] * fields["block_size"] >= 1 << 32 or tokens * kv_heads >= 1 << 31:
+        slots = kv_cache.shape[0] * fields["block_size"]
+        raise UsageError(f"{slots} slots and {tokens * kv_heads} rows: expected less than 2^32 and 2^31")
+    params = StoreParams(
+        **fields,
+        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
+        key_token_stride=key.stride(0),
+        key_head_stride=key.stride(1),
+        value_token_stride=value.stride(0),
+        value_head_stride=value.stride(1),
+        is_bf16=int(key.dtype == torch.bfloat16),
+        slot_mapping_bytes=slot_mapping.element_size(),
+        tokens=tokens,
+    )
+    return params, tensors
+
+
 def group(q_heads: int, kv_heads: int) -> int:
     """Query heads per KV head. Raises UsageError where they do not divide."""
     if kv_heads < 1 or q_heads % kv_heads:
@@ -129,7 +181,23 @@ def group(q_heads: int, kv_heads: int) -> int:
 def _cache_fields(
     layout: SlotLayout, kv_cache: Tensor, block_table: Tensor, seq_lens: Tensor, tensors: dict[str, Tensor]
 ) -> dict[str, Any]:
-    """The cache's part of a structure without its pointers; adds the tensors behind those to ``tensors``."""
+    """The paged cache's part of a structure without its pointers; adds the tensors behind those to ``tensors``."""
+    fields = _slot_fields(layout, kv_cache)
+    _expect("seq_lens", seq_lens, 1, (torch.int32,))
+    _expect("block_table", block_table, 2, (torch.int32, torch.int64))
+    if block_table.shape[0] != seq_lens.shape[0]:
+        raise UsageError(f"block_table has {block_table.shape[0]} rows: expected one per request, {seq_lens.shape[0]}")
+    tensors.update(kv_cache=kv_cache, block_table=block_table, seq_lens=seq_lens)
+    return fields | {
+        "block_table_stride": block_table.stride(0),
+        "block_table_bytes": block_table.element_size(),
+        "max_blocks": block_table.shape[1],
+        "batch": seq_lens.shape[0],
+    }
+
+
+def _slot_fields(layout: SlotLayout, kv_cache: Tensor) -> dict[str, Any]:
+    """Where a cache's slots lie: strides in bytes, block size and heads."""
     planes = layout.format.separate_planes
     _expect("kv_cache", kv_cache, 5 if planes else 4, (torch.uint8,))
     if planes and kv_cache.shape[1] != 2:
@@ -138,22 +206,13 @@ def _cache_fields(
         name, d = layout.format.name, layout.head_dim
         expected = f"at least {layout.slot_bytes} for {name} at head dim {d}"
         raise UsageError(f"kv_cache has slots of {kv_cache.shape[-1]} bytes: expected {expected}")
-    _expect("seq_lens", seq_lens, 1, (torch.int32,))
-    _expect("block_table", block_table, 2, (torch.int32, torch.int64))
-    if block_table.shape[0] != seq_lens.shape[0]:
-        raise UsageError(f"block_table has {block_table.shape[0]} rows: expected one per request, {seq_lens.shape[0]}")
-    tensors.update(kv_cache=kv_cache, block_table=block_table, seq_lens=seq_lens)
     strides, sizes = kv_cache.stride(), kv_cache.shape
     return {
         "block_stride": strides[0],
         "plane_stride": strides[1] if planes else 0,
         "token_stride": strides[-3],
         "head_stride": strides[-2],
-        "block_table_stride": block_table.stride(0),
-        "block_table_bytes": block_table.element_size(),
-        "max_blocks": block_table.shape[1],
         "block_size": sizes[-3],
-        "batch": seq_lens.shape[0],
         "kv_heads": sizes[-2],
     }
 

@@ -89,6 +89,11 @@ def default_dequant(problem: Problem, device: int) -> Selection:
     return Selection(_built(default_config(problem), device)[0], 1)
 
 
+def default_store(problem: Problem, device: int) -> Selection:
+    """The default configuration of op store, built the first time."""
+    return Selection(_built(default_config(problem), device)[0], 1)
+
+
 def default_decode(problem: Problem, device: int, order: CacheOrder, *, batch: int, context: int) -> Selection:
     """The default configuration that can read the cache; splits for requests of up to ``context`` tokens."""
     kernel, registers, target = _built(suited(default_config(problem), order), device)

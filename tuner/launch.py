@@ -14,9 +14,17 @@ import torch
 from cupy_backends.cuda.api import driver
 from torch import Tensor
 
-from tuner.arguments import decode_params, dequant_params, group
+from tuner.arguments import decode_params, dequant_params, group, store_params
 from tuner.errors import TunerError, UsageError
-from tuner.geometry import Geometry, decode_geometry, decode_scratch, dequant_geometry, entry_points, reduce_geometry
+from tuner.geometry import (
+    Geometry,
+    decode_geometry,
+    decode_scratch,
+    dequant_geometry,
+    entry_points,
+    reduce_geometry,
+    store_geometry,
+)
 from tuner.space import Config
 from tuner.suits import CacheOrder, refusal
 
@@ -244,6 +252,36 @@ class DequantCall(_Call):
         super().__init__(kernel, dequant_launches(config, kv_cache, block_table), params, tensors)
 
 
+class StoreCall(_Call):
+    """One prepared store of new rows; see DecodeCall."""
+
+    def __init__(
+        self,
+        kernel: LoadedKernel,
+        kv_cache: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slot_mapping: Tensor,
+        *,
+        codec: Codec,
+    ) -> None:
+        config = kernel.config
+        require_layout(config, codec)
+        if key.dim() != 3 or key.shape[2] != config.problem.head_dim:
+            raise UsageError(f"key has shape {list(key.shape)}: expected [N, Hk, {config.problem.head_dim}]")
+        params, tensors = store_params(
+            kv_cache,
+            key,
+            value,
+            slot_mapping,
+            cache_format=config.problem.cache_format,
+            centroids=codec.centroids,
+            signs=codec.signs,
+            channels=codec.channels,
+        )
+        super().__init__(kernel, store_launches(config, kv_cache, slot_mapping), params, tensors)
+
+
 def cache_order(kv_cache: Tensor) -> CacheOrder:
     """Address and strides of a cache with 4 or, with separate planes, 5 dimensions."""
     strides = kv_cache.stride()
@@ -289,3 +327,11 @@ def dequant_launches(config: Config, kv_cache: Tensor, block_table: Tensor) -> l
         return []
     block_size, kv_heads = kv_cache.shape[-3:-1]
     return [("wph_dequant", dequant_geometry(config, entries=entries, block_size=block_size, kv_heads=kv_heads))]
+
+
+def store_launches(config: Config, kv_cache: Tensor, slot_mapping: Tensor) -> list[tuple[str, Geometry]]:
+    """Entry points of a store with their geometries; none where there are no tokens."""
+    tokens, kv_heads = slot_mapping.shape[0], kv_cache.shape[-2]
+    if tokens * kv_heads == 0:
+        return []
+    return [("wph_store", store_geometry(config, tokens=tokens, kv_heads=kv_heads))]

@@ -3,8 +3,9 @@
 from tuner.space.core import MAX_GQA, OPS, Axis, Config, Constraint, Problem, Space
 from tuner.space.decode import DECODE
 from tuner.space.dequant import DEQUANT
+from tuner.space.store import STORE
 
-SPACES = {space.op: space for space in (DECODE, DEQUANT)}
+SPACES = {space.op: space for space in (DECODE, DEQUANT, STORE)}
 
 
 def get_space(op: str) -> Space:

@@ -13,7 +13,7 @@ from tuner.formats import SlotLayout, check_head_dim, slot_layout
 from tuner.targets import Target
 
 Value = int | str
-OPS = ("decode", "dequant")
+OPS = ("decode", "dequant", "store")
 MAX_GQA = 16
 
 

@@ -1,0 +1,157 @@
+"""The space of ``wph_store``: new bf16 or fp16 rows to compressed slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tuner.space.core import Axis, Config, Constraint, Problem, Space, Value
+from tuner.targets import Target
+
+AXES = (
+    Axis("warps", (4, 1, 2, 8, 16), "warps per CTA"),
+    Axis("rows", (1, 2, 4, 8), "passes whose loads a warp issues before it uses the first"),
+    Axis("chunks", (1, 2, 4), "groups of 8 channels that a lane holds of a row: wider rows or more rows per warp"),
+    Axis(
+        "sides",
+        ("together", "turns", "apart"),
+        "a warp loads a token's key and value together, or one after the other, or different warps take them",
+    ),
+    Axis("order", ("heads", "tokens"), "what runs fastest over a warp's rows"),
+    Axis(
+        "search",
+        ("select", "chain", "cells"),
+        "midpoints below a coefficient: binary search by selects, one comparison each, or one within a computed cell",
+    ),
+    Axis("store", ("direct", "staged"), "lanes write their own bytes, or rows are put together in shared memory first"),
+    Axis("store_bytes", (4, 8, 16), "widest single store"),
+    Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
+)
+
+CHUNK = 8
+"""Channels of a group: one load of 16 bytes, and whole bytes at every width that indices have."""
+_MIN_LANES = 4  # lanes that share out the words of 3-bit indices
+_SM_RESERVED_BYTES = 1024  # shared memory that the driver keeps per CTA
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the threads of a configuration cover rows, and where in shared memory they keep what.
+
+    A warp holds ``rows_per_pass`` rows at a time, each on ``lanes`` lanes. ``row_warps`` warps work on different
+    (token, head) pairs, of which a CTA covers ``pairs``. A warp has ``warp_bytes`` of shared memory; of these every
+    row takes ``row_bytes``: ``gather_bytes`` of input, where outliers are picked out of it, then the row to be written
+    as it arrives in memory but for ``lead_bytes`` before it that bring the indices to a word's boundary.
+    """
+
+    lanes: int
+    rows_per_pass: int
+    row_warps: int
+    pairs: int
+    gather_bytes: int
+    lead_bytes: int
+    row_bytes: int
+    warp_bytes: int
+    shared_bytes: int
+
+
+def shape(config: Config) -> Shape:
+    """The shape of ``config``; all sizes are whole where no constraint refuses it."""
+    layout, warps = config.problem.layout, config["warps"]
+    lanes = layout.block_d // (CHUNK * config["chunks"])
+    rows_per_pass = 32 // lanes if lanes <= 32 else 0
+    row_warps = warps // (2 if config["sides"] == "apart" else 1)
+    gather = 2 * layout.head_dim if layout.outliers else 0
+    lead = -layout.key.indices_offset % 4
+    staged = 0
+    if config["store"] == "staged":
+        # A unit at the row's end is put together from words that begin up to one unit beyond it.
+        size = lead + max(layout.key.size, layout.value.size)
+        staged = -(-(size + config["store_bytes"] + 4) // 16) * 16
+    row_bytes = gather + staged
+    return Shape(
+        lanes=lanes,
+        rows_per_pass=rows_per_pass,
+        row_warps=row_warps,
+        pairs=row_warps * config["rows"] * rows_per_pass,
+        gather_bytes=gather,
+        lead_bytes=lead,
+        row_bytes=row_bytes,
+        warp_bytes=row_bytes * rows_per_pass,
+        shared_bytes=row_bytes * rows_per_pass * warps,
+    )
+
+
+def _register_estimate(config: Config) -> int:
+    """Registers that the rows in flight and one row at work need at least."""
+    fmt, held = config.problem.layout.format, CHUNK * config["chunks"]
+    flying = config["rows"] * (2 if config["sides"] == "together" else 1) * held // 2
+    outliers = held if config.problem.layout.outliers else 0
+    constants = (held if fmt.has_signs else 0) + outliers
+    thresholds = (1 << fmt.key_bits) - 1 if fmt.key_codebook and config["search"] != "cells" else 0
+    return 20 + flying + 3 * config["rows"] + held + constants + thresholds
+
+
+def _registers_short(config: Config, target: Target) -> bool:
+    available = min(target.registers // (32 * config["warps"] * config["min_ctas"]), 255)
+    return _register_estimate(config) > available
+
+
+def _shared_short(config: Config, target: Target) -> bool:
+    per_sm = target.shared_bytes_per_sm // config["min_ctas"] - _SM_RESERVED_BYTES
+    return shape(config).shared_bytes > min(target.shared_bytes_per_cta, per_sm)
+
+
+CONSTRAINTS = (
+    Constraint(
+        "row_too_wide",
+        "a row must fit the lanes of one warp",
+        lambda c, _: shape(c).lanes > 32,
+    ),
+    Constraint(
+        "row_too_narrow",
+        f"a row needs {_MIN_LANES} lanes: so many share out the words of 3-bit indices",
+        lambda c, _: shape(c).lanes < _MIN_LANES,
+    ),
+    Constraint(
+        "side_warps",
+        "sides=apart needs a warp for keys and one for values",
+        lambda c, _: c["sides"] == "apart" and c["warps"] < 2,
+    ),
+    Constraint(
+        "no_codebook",
+        "keys without a codebook have no midpoints to search: only the first way stands for all",
+        lambda c, _: not c.problem.layout.format.key_codebook and c["search"] != "select",
+    ),
+    Constraint(
+        "direct_width",
+        "a lane that writes its own bytes has no more than a word of them in one place",
+        lambda c, _: c["store"] == "direct" and c["store_bytes"] != 4,
+    ),
+    Constraint(
+        "occupancy",
+        "min_ctas CTAs of that many warps do not fit one SM",
+        lambda c, t: c["warps"] * c["min_ctas"] > t.max_warps or c["min_ctas"] > t.max_ctas,
+    ),
+    Constraint("registers", "the rows in flight do not fit the registers of warps x min_ctas", _registers_short),
+    Constraint("shared_memory", "the rows being put together exceed the shared memory", _shared_short),
+)
+
+
+def _config(problem: Problem, **changes: Value) -> Config:
+    values: dict[str, Value] = {axis.name: axis.values[0] for axis in AXES}
+    chunks = 2 if problem.layout.block_d > 32 * CHUNK else 1
+    return STORE.config(problem, values | {"chunks": chunks} | changes)
+
+
+def _default(problem: Problem) -> Config:
+    """Key and value in flight together, few rows per warp: a decode step's rows spread over the GPU."""
+    search = "cells" if problem.layout.format.key_codebook else "select"
+    return _config(problem, search=search, store="staged", store_bytes=8)
+
+
+def _seed(problem: Problem) -> Config:
+    """Four warps, keys and values in turns, every level compared with, bytes written as they come."""
+    return _config(problem, sides="turns", search="chain" if problem.layout.format.key_codebook else "select")
+
+
+STORE = Space("store", AXES, CONSTRAINTS, _default, _seed)
