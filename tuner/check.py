@@ -25,8 +25,8 @@ TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3}
 """Largest relative error of a head's output, by output type."""
 
 _ULP_BF16 = 2.0**-7
-_ROW_ROUNDING = 1e-4
-"""Of a row's length, per element: operands of a rotation rounded to halves. Rounding a typical element to bf16 costs more."""
+_ROW_ROUNDING = 2.0**-11
+"""Of a row's length, per element: what rounding the operands of a rotation to halves can cost at most."""
 
 _BF16, _FP16 = torch.bfloat16, torch.float16
 _CASES: dict[Level, tuple[tuple[tuple[int, ...], dict[str, Any]], ...]] = {

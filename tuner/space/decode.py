@@ -35,7 +35,7 @@ def register_estimate(config: Config) -> int:
     if config["math"] == "mma":
         sums = (plan.slice_dims // 16 + outliers) * plan.head_tiles * 4
         scores = plan.tiles * plan.head_tiles * 4 * (2 if outliers else 1)
-        held = 2 * plan.head_tiles * (plan.key_steps + outliers) if config["query"] == "registers" else 0
+        held = 4 * plan.head_tiles * (plan.key_steps + outliers) if config["query"] == "registers" else 0
         state = 8 * plan.head_tiles
     else:
         sums = (plan.slice_dims // 8 + 2 * outliers) * gqa

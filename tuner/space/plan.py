@@ -120,8 +120,8 @@ class DecodePlan:
 
     @cached_property
     def query_bytes(self) -> int:
-        """Query fragments: per KV head, head tile, k-step and lane two words."""
-        return self.config["head_warps"] * self.head_tiles * self.query_steps * 32 * 8
+        """Query fragments: per KV head, head tile, k-step and lane four coefficients of four bytes."""
+        return self.config["head_warps"] * self.head_tiles * self.query_steps * 32 * 16
 
     @cached_property
     def multiplier_bytes(self) -> int:
