@@ -152,7 +152,9 @@ def _guarded(name: str, check: Callable[[], Finding]) -> Finding:
 
 
 def diagnose(root: Path = Path("build")) -> list[Finding]:
-    """Checks compilers, disassembler, GPU, packages, templates and the build folder ``root``; never raises."""
+    """Checks compilers, disassembler, GPU, packages, templates, the build folder ``root`` and vLLM; never raises."""
+    from tuner.vllm import diagnose as vllm
+
     checks: list[tuple[str, Callable[[], Finding]]] = [
         ("nvcc", _nvcc),
         ("g++", _gxx),
@@ -162,5 +164,6 @@ def diagnose(root: Path = Path("build")) -> list[Finding]:
         *((name, partial(_package, name, distribution, advice)) for name, distribution, advice in _PACKAGES),
         ("templates", _templates),
         ("build folder", partial(_build_folder, root)),
+        *vllm.checks(),
     ]
     return [_guarded(name, check) for name, check in checks]

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 
-import torch
-
-from tuner.errors import TunerError
+from tuner.errors import TunerError, UsageError
 from tuner.geometry import decode_scratch, split_candidates
 from tuner.launch import LoadedKernel
 from tuner.space.core import Config, Problem
 from tuner.space.plan import DecodePlan
 from tuner.suits import CacheOrder, refusal
-from tuner.table import Table, find, lookup, read, read_cubin
+from tuner.table import Table, TableError, find, lookup, read, read_cubin
 from tuner.targets import Target, attached
 from tuner.vllm import defaults, log
 
 _REMEMBERED = 4096
+Loader = Callable[[bytes, Config], LoadedKernel]
 
 
 @dataclass(frozen=True)
@@ -43,11 +42,12 @@ class Dispatch:
     kernel, even where default kernels exist: someone meant to install something and should hear that it is broken.
     """
 
-    def __init__(self, problem: Problem, kv_heads: int, device: int) -> None:
-        self.problem, self.kv_heads, self.device = problem, kv_heads, device
+    def __init__(self, problem: Problem, kv_heads: int, target: Target, load: Loader) -> None:
+        """``target`` is the device, with its own name; ``load`` makes verified cubins ready to launch on it."""
+        self.problem, self.kv_heads, self.target = problem, kv_heads, target
         self.table: Table | None = None
         self.defaults: tuple[_Default, ...] = ()
-        self.target: Target | None = None
+        self._ready = load
         self._kernels: dict[str, LoadedKernel] = {}
         self._choices: dict[tuple[int, int | None, CacheOrder], Chosen | None] = {}
         self.problem_found = self._load()
@@ -89,13 +89,13 @@ class Dispatch:
         return floats, counters
 
     def _load(self) -> str | None:
-        name = torch.cuda.get_device_name(self.device)
-        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(self.device))
-        path = find(self.problem, name)
+        name, arch = self.target.device_name, self.target.arch
         try:
-            self.target = attached(self.device)
+            path = find(self.problem, name)
             if path is not None:
                 table = read(path, arch=arch)
+                if table.problem != self.problem:
+                    raise TableError(f"{path} is a table of {table.problem}: expected one of {self.problem}")
                 for kernel in table.kernels:
                     image = read_cubin(path, table, kernel.id)
                     self._kernels[kernel.id] = self._ready(image, kernel.config(self.problem))
@@ -112,7 +112,7 @@ class Dispatch:
 
     def _load_defaults(self, arch: str) -> None:
         path = defaults.find(self.problem, arch)
-        if path is None or self.target is None:
+        if path is None:
             return
         try:
             found = defaults.read(path, self.problem, arch)
@@ -123,11 +123,6 @@ class Dispatch:
             if self.table is None:
                 raise
             log.warn(f"default kernels are left out: {error}")
-
-    def _ready(self, image: bytes, config: Config) -> LoadedKernel:
-        kernel = LoadedKernel.load(image, config, self.device)
-        kernel.reserve_shared("wph_decode", DecodePlan(config).shared_bytes)
-        return kernel
 
     def _tuned(self, batch: int, context: int | None, order: CacheOrder) -> Chosen | None:
         if self.table is None:
@@ -149,7 +144,6 @@ class Dispatch:
         return None
 
     def _default_splits(self, default: _Default, batch: int, context: int) -> int:
-        assert self.target is not None
         return split_candidates(
             default.kernel.config,
             registers=default.registers,
@@ -175,5 +169,14 @@ class Dispatch:
 
 @cache
 def dispatch_for(problem: Problem, kv_heads: int, device: int) -> Dispatch:
-    """One per process, shared by all layers with that problem."""
-    return Dispatch(problem, kv_heads, device)
+    """One per process, shared by all layers with that problem. Raises UsageError on a GPU without facts."""
+    target = attached(device)
+    if target is None:
+        raise UsageError(f"there is no CUDA device {device}")
+
+    def load(image: bytes, config: Config) -> LoadedKernel:
+        kernel = LoadedKernel.load(image, config, device)
+        kernel.reserve_shared("wph_decode", DecodePlan(config).shared_bytes)
+        return kernel
+
+    return Dispatch(problem, kv_heads, target, load)

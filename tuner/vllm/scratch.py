@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
@@ -50,9 +51,10 @@ class Scratch:
 
 def workspace_manager() -> Any:
     """vLLM's workspace manager, None where this process has none."""
-    from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
-
-    return current_workspace_manager() if is_workspace_manager_initialized() else None
+    module = sys.modules.get("vllm.v1.worker.workspace")
+    if module is None or not module.is_workspace_manager_initialized():
+        return None
+    return module.current_workspace_manager()
 
 
 @cache
