@@ -13,9 +13,10 @@ _CHUNK_ELEMENTS = 1 << 22  # of K or V in float64 at a time: bounds memory at lo
 def store(
     kv_cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor, codec: Codec
 ) -> None:
-    """Writes ``key`` and ``value`` [N, Hk, D] to the slots ``slot_mapping`` [N] (block * block_size + token).
+    """Writes ``key`` and ``value`` [>= N, Hk, D] to the slots ``slot_mapping`` [N] (block * block_size + token).
 
-    Negative slots write nothing; of a slot only the bytes that carry data are written.
+    Negative slots write nothing; of a slot only the bytes that carry data are written. Rows beyond the N first are
+    ignored: padding of a batch.
     """
     keys, values = _planes(kv_cache, codec)
     used = slot_mapping >= 0
@@ -23,8 +24,8 @@ def store(
     block_size = keys.shape[1]
     where = (slots // block_size, slots % block_size)
     layout = codec.layout
-    keys[..., : layout.key.size][where] = quantize_key(key[used], codec)
-    values[..., : layout.value.size][where] = quantize_value(value[used], codec)
+    keys[..., : layout.key.size][where] = quantize_key(key[: len(used)][used], codec)
+    values[..., : layout.value.size][where] = quantize_value(value[: len(used)][used], codec)
 
 
 def dequantize(kv_cache: torch.Tensor, codec: Codec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,356 @@
+"""wph_store on the emulator, byte by byte against the reference: the matrix of layouts, then each hazard by itself."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from tuner import emulate, geometry
+from tuner.arguments import store_params
+from tuner.build import build
+from tuner.check_store import Difference, StoreCase, check_store, compare, store_case
+from tuner.errors import UsageError
+from tuner.formats import FORMATS, HEAD_DIMS
+from tuner.reference import Codec, make_cache, midpoints, store
+from tuner.render import render
+from tuner.space import Config, Problem, default_config, get_space, seed_config
+from tuner.targets import get_target
+
+TARGET = get_target("sm_90")
+SPACE = get_space("store")
+WARPS = (1, 2, 4, 8, 16)
+
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulated kernels with")
+
+
+def covering_configs(format_name: str, head_dim: int) -> list[Config]:
+    """One allowed configuration per warp count; over them the other axes' values appear as often as chance allows."""
+    rng = random.Random(f"{format_name} {head_dim}")
+    problem = Problem("store", head_dim, 1, format_name)
+    seen: set[tuple[str, object]] = set()
+    chosen = []
+    for warps in WARPS:
+        best: tuple[int, Config] | None = None
+        for _ in range(200):
+            values = {a.name: rng.choice(a.values) for a in SPACE.axes} | {"warps": warps}
+            if not problem.layout.format.key_codebook:
+                values |= {"search": "select"}
+            config = SPACE.config(problem, values)
+            if SPACE.refusals(config, TARGET):
+                continue
+            new = len(set(config.params) - seen)
+            if best is None or new > best[0]:
+                best = new, config
+        assert best is not None
+        chosen.append(best[1])
+        seen |= set(best[1].params)
+    return chosen
+
+
+@cache
+def compiled(*configs: Config) -> None:
+    """Compiles all emulated kernels of a test at once."""
+    emulate.compile_many([render(c) for c in configs])
+
+
+def launch(config: Config, kv_cache: torch.Tensor, case: StoreCase, seed: int = 0) -> None:
+    """One emulated launch, into ``kv_cache``."""
+    codec = case.codec
+    params, tensors = store_params(
+        kv_cache,
+        case.key,
+        case.value,
+        case.slot_mapping,
+        cache_format=codec.layout.format.name,
+        centroids=codec.centroids,
+        signs=codec.signs,
+        channels=codec.channels,
+    )
+    g = geometry.store_geometry(config, tokens=case.slot_mapping.shape[0], kv_heads=case.key.shape[1])
+    emulate.emulate(
+        render(config), emulate.Launch("wph_store", g.grid, g.block, g.shared_bytes), params, tensors, seed=seed
+    )
+
+
+def twin(cache: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides."""
+    storage = torch.empty(0, dtype=cache.dtype).set_(cache.untyped_storage()).clone()
+    return storage.as_strided(cache.shape, cache.stride(), cache.storage_offset())
+
+
+def check(config: Config, case: StoreCase, seed: int = 0) -> Difference:
+    got, want = twin(case.before), twin(case.before)
+    launch(config, got, case, seed)
+    store(want, case.key, case.value, case.slot_mapping, case.codec)
+    difference = compare(got, want, case)
+    assert difference.fault is None, f"{difference.fault} ({config.describe()})"
+    assert difference.moved <= max(1, 1e-3 * difference.indices)
+    return difference
+
+
+def small_case(format_name: str, head_dim: int, tokens: int = 11, **options: object) -> StoreCase:
+    return store_case(Problem("store", head_dim, 1, format_name), tokens, seed=head_dim, **options)  # type: ignore[arg-type]
+
+
+MATRIX = {(f, d): covering_configs(f, d) for f in FORMATS for d in HEAD_DIMS}
+
+
+def test_matrix_covers_every_axis_value() -> None:
+    seen = {pair for configs in MATRIX.values() for config in configs for pair in config.params}
+    assert {(a.name, v) for a in SPACE.axes for v in a.values} == seen
+
+
+@needs_gxx
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_matrix(format_name: str, head_dim: int) -> None:
+    configs = MATRIX[format_name, head_dim]
+    compiled(*configs)
+    for i, config in enumerate(configs):
+        dtype = (torch.bfloat16, torch.float16)[i % 2]
+        check(config, small_case(format_name, head_dim, kv_heads=1 + i % 3, dtype=dtype), seed=i)
+
+
+@needs_gxx
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_gate(format_name: str) -> None:
+    config = default_config(Problem("store", 128, 1, format_name))
+
+    def run(kv_cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, codec: Codec) -> None:
+        launch(config, kv_cache, StoreCase(key, value, slots, kv_cache, codec))
+
+    result = check_store(run, config.problem, level="tiny")
+    assert result.passed, result.detail
+
+
+@needs_gxx
+def test_indices_hardly_ever_move() -> None:
+    """A quarter of a million key indices: fp32 sums against float64 ones."""
+    config = default_config(Problem("store", 128, 1, "turboquant_4bit_nc"))
+    difference = check(config, small_case("turboquant_4bit_nc", 128, tokens=500, kv_heads=2))
+    assert difference.indices > 200_000
+    assert difference.moved <= 1e-4 * difference.indices
+
+
+# --- hazards ----------------------------------------------------------------------------------------------------------
+
+
+def problem_config(format_name: str, head_dim: int, **changes: int | str) -> Config:
+    return default_config(Problem("store", head_dim, 1, format_name)).with_(**changes)
+
+
+STORES = ({"store": "direct", "store_bytes": 4}, *({"store": "staged", "store_bytes": n} for n in (4, 8, 16)))
+
+
+def restride(case: StoreCase, *, base: int, head_gap: int = 0, token_gap: int = 0, block_gap: int = 0) -> StoreCase:
+    """The same cache with ``base`` bytes before it and gaps in it; the storage ends with the last slot's last byte."""
+    sizes = case.before.shape
+    *planes, tokens, heads, slot = sizes[1:]
+    head_stride = slot + head_gap
+    token_stride = heads * head_stride + token_gap
+    plane_stride = tokens * token_stride
+    block_stride = (planes[0] if planes else 1) * plane_stride + block_gap
+    strides = (block_stride, *([plane_stride] if planes else []), token_stride, head_stride, 1)
+    end = base + 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+    view = torch.full((end,), 0xA5, dtype=torch.uint8).as_strided(sizes, strides, base)
+    return replace(case, before=view.copy_(case.before))
+
+
+ODD_PLACES = (
+    {"base": 1, "head_gap": 1},
+    {"base": 3, "head_gap": 0, "token_gap": 3, "block_gap": 5},
+    {"base": 2, "head_gap": 6, "block_gap": 1},
+    {"base": 0, "head_gap": 2, "token_gap": 4},
+)
+
+
+@needs_gxx
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_odd_bases_and_strides(format_name: str) -> None:
+    """Every byte address occurs as a row's; nothing but the rows' own bytes changes, in the gaps neither."""
+    configs = [problem_config(format_name, 128, **how) for how in STORES]
+    compiled(*configs)
+    case = small_case(format_name, 128, kv_heads=3)
+    for config, place in zip(configs, ODD_PLACES, strict=True):
+        check(config, restride(case, **place))
+
+
+@needs_gxx
+@pytest.mark.parametrize("order", ["heads", "tokens"])
+@pytest.mark.parametrize("kv_heads", [1, 3, 5])
+def test_rows_wrap_over_any_number_of_heads(order: str, kv_heads: int) -> None:
+    config = problem_config("turboquant_3bit_nc", 64, order=order, rows=2)  # four rows per pass
+    for tokens in (1, 2, 9):
+        check(config, small_case("turboquant_3bit_nc", 64, tokens=tokens, kv_heads=kv_heads))
+
+
+@needs_gxx
+@pytest.mark.parametrize("gap", [1, 4, 8])
+def test_inputs_without_alignment(gap: int) -> None:
+    config = problem_config("turboquant_outlier", 64)
+    check(config, small_case("turboquant_outlier", 64, gap=gap, dtype=torch.float16))
+
+
+@needs_gxx
+def test_inputs_of_any_stride_and_more_rows_than_slots() -> None:
+    """Key and value as parts of one projection, head-major, and a token repeated by a stride of zero."""
+    config = problem_config("turboquant_k3v4_nc", 64)
+    case = small_case("turboquant_k3v4_nc", 64, kv_heads=2)
+    fused = torch.randn(2, 13, 3, 64).bfloat16().transpose(0, 1)  # [13, 2, 3, 64], head-major
+    check(config, replace(case, key=fused[:, :, 0], value=fused[:, :, 2]))
+    check(config, replace(case, key=fused[:1, :, 1].expand(13, -1, -1), value=fused[:, :, 2]))
+
+
+@needs_gxx
+def test_int64_slots_and_head_major_padded_blocks() -> None:
+    config = problem_config("turboquant_4bit_nc", 128)
+    check(config, small_case("turboquant_4bit_nc", 128, index_dtype=torch.int64, order="head", padding=13))
+
+
+@needs_gxx
+@pytest.mark.parametrize("negative", [-1, -7, -(2**31)])
+def test_negative_slots_write_nothing(negative: int) -> None:
+    config = problem_config("turboquant_seed", 64)
+    case = small_case("turboquant_seed", 64)
+    nowhere = replace(case, slot_mapping=torch.full_like(case.slot_mapping, negative))
+    got = twin(case.before)
+    launch(config, got, nowhere)
+    assert torch.equal(got, case.before)
+
+
+@needs_gxx
+def test_offsets_beyond_two_gigabytes() -> None:
+    """Blocks 5 and 10 lie 2.5 and 5 GB after block 0; tokens lie as far before their block, which leads back."""
+    config = problem_config("turboquant_4bit_nc", 64)
+    case = small_case("turboquant_4bit_nc", 64, tokens=3, kv_heads=1)
+    want, got = (make_cache(config.problem.layout, 1, 16, 1) for _ in range(2))
+    store(want, case.key, case.value, torch.tensor([5, -1, 10]), case.codec)
+    far = torch.tensor([5 * 16 + 4, -1, 10 * 16 + 8], dtype=torch.int32)
+    params, tensors = store_params(
+        got, case.key, case.value, far, cache_format="turboquant_4bit_nc", centroids=case.codec.centroids
+    )
+    params.block_stride, params.token_stride = (1 << 29) + want.stride(1), -5 * (1 << 27)
+    g = geometry.store_geometry(config, tokens=3, kv_heads=1)
+    emulate.emulate(render(config), emulate.Launch("wph_store", g.grid, g.block, g.shared_bytes), params, tensors)
+    assert torch.equal(got, want)
+
+
+@needs_gxx
+@pytest.mark.parametrize("block_size", [1, 24, 4176])
+def test_block_sizes(block_size: int) -> None:
+    config = problem_config("turboquant_k8v4", 64)
+    check(config, small_case("turboquant_k8v4", 64, block_size=block_size, kv_heads=1))
+
+
+@needs_gxx
+@pytest.mark.parametrize("format_name", ["turboquant_k8v4", "turboquant_3bit_nc", "turboquant_seed_dense"])
+def test_extremes_saturate(format_name: str) -> None:
+    """Norms, scales and zero points beyond fp16, squares and ranges beyond fp32, and zeros."""
+    config = problem_config(format_name, 128)
+    case = small_case(format_name, 128, tokens=12)
+    factors = torch.tensor([0.0, 1e-30, 1e-9, 1e-4, 500.0, 7e4, 1e10, 1e25, 3e37, 1e38, -1e5, 1.0])
+    key, value = (
+        torch.randn(2, 12, 2, 128, generator=torch.Generator().manual_seed(1)).clamp(-3, 3) * factors[:, None, None]
+    ).bfloat16()
+    check(config, replace(case, key=key, value=value))
+    got = twin(case.before)
+    launch(config, got, replace(case, key=key, value=value))
+    layout = case.codec.layout
+    slots = case.slot_mapping
+    for token in (6, 7, 8):
+        slot = got[(int(slots[token]) // 16, *([1] if got.dim() == 5 else []), int(slots[token]) % 16)]
+        row = layout.value
+        at = layout.value_offset + (row.norm_offset if row.scale_offset is None else row.scale_offset)  # type: ignore[operator]
+        assert slot[:, at : at + 2].contiguous().view(torch.float16).flatten().tolist() == [65504.0] * 2
+
+
+@needs_gxx
+@pytest.mark.parametrize("format_name", ["turboquant_4bit_nc", "turboquant_3bit_nc"])
+def test_value_ties_fall_as_in_the_reference(format_name: str) -> None:
+    """Evenly spaced values meet the middle between two levels exactly; no index may be off."""
+    config = problem_config(format_name, 256)
+    case = small_case(format_name, 256, tokens=40)
+    steps = torch.arange(256.0).reshape(1, 1, 256)
+    spacing = torch.arange(1, 41).reshape(40, 1, 1) / 8
+    value = ((steps % 31) * spacing - 3).expand(40, 2, 256).bfloat16()
+    assert check(config, replace(case, value=value)).moved == 0
+
+
+@needs_gxx
+@pytest.mark.parametrize("search", ["select", "chain", "cells"])
+def test_any_ascending_codebook(search: str) -> None:
+    """Levels so uneven that two midpoints share a cell, equal levels, and coefficients exactly on a midpoint."""
+    config = problem_config("turboquant_3bit_nc", 64, search=search)
+    case = small_case("turboquant_3bit_nc", 64)
+    uneven = torch.tensor([-0.5, -0.01, 0.0, 0.001, 0.002, 0.0025, 0.3, 0.3])
+    level = 64**-0.5
+    on_midpoints = (
+        torch.tensor([-3, -2, -1.5, -1, 0, 1, 2, 4.0]) * level
+    )  # of a one-hot row all coefficients are +-level
+    one_hot = torch.zeros_like(case.key)
+    one_hot[..., 0], one_hot[1::2, :, 5] = 2.0, 0.0
+    for centroids in (uneven, on_midpoints):
+        check(config, replace(case, codec=replace(case.codec, centroids=centroids)))
+        check(config, replace(case, key=one_hot, codec=replace(case.codec, centroids=centroids)))
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_no_cell_holds_two_midpoints_of_the_formats(bits: int, head_dim: int) -> None:
+    """Else search=cells would take its slow way: cells are 1/31 of the midpoints' range."""
+    name = {3: "turboquant_3bit_nc", 4: "turboquant_4bit_nc"}[bits]
+    middle = midpoints(Codec.for_layout(Problem("store", head_dim, 1, name).layout).centroids)
+    cell = ((middle - middle[0]) * (31 / (middle[-1] - middle[0]))).double()
+    assert float(cell.diff().min()) > 1.01
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def params_of(case: StoreCase, **changes: object) -> object:
+    c = replace(case, **changes)  # type: ignore[arg-type]
+    return store_params(
+        c.before, c.key, c.value, c.slot_mapping, cache_format="turboquant_4bit_nc", centroids=c.codec.centroids
+    )[0]
+
+
+@pytest.mark.parametrize(
+    ("message", "changes"),
+    [
+        ("value is float16: expected bfloat16", {"value": torch.zeros(11, 2, 64).half()}),
+        ("slot_mapping is float32", {"slot_mapping": torch.zeros(11)}),
+        ("slot_mapping has stride 2|last stride 2", {"slot_mapping": torch.zeros(22, dtype=torch.int32)[::2]}),
+        ("key has 11 tokens but slot_mapping 12", {"slot_mapping": torch.zeros(12, dtype=torch.int32)}),
+        ("value has shape .11, 3, 64.: expected that of key", {"value": torch.zeros(11, 3, 64).bfloat16()}),
+        (
+            "key has 2 heads but kv_cache 3",
+            {"before": make_cache(Problem("store", 64, 1, "turboquant_4bit_nc").layout, 2, 16, 3)},
+        ),
+        ("slots and .* rows", {"before": torch.zeros(70, dtype=torch.uint8).expand(1 << 28, 16, 2, 70)}),
+        ("last stride 2", {"key": torch.zeros(11, 2, 128).bfloat16()[..., ::2]}),
+    ],
+)
+def test_arguments_are_refused_by_name(message: str, changes: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(UsageError, match=message):
+        params_of(small_case("turboquant_4bit_nc", 64), **changes)
+
+
+# --- what the compiler makes of it ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+@pytest.mark.parametrize("arch", ["sm_121", "sm_90"])
+def test_default_and_seed_layouts_do_not_spill(arch: str) -> None:
+    problems = [Problem("store", 128, 1, f) for f in FORMATS]
+    problems += [Problem("store", 512, 1, f) for f in ("turboquant_4bit_nc", "turboquant_seed")]
+    configs = [default_config(p) for p in problems] + [seed_config(problems[1])]
+    results = build([render(c) for c in configs], [arch])
+    assert len(results) == len(configs)
+    for built in results.values():
+        assert not hasattr(built, "message"), built
+        assert built.spill_bytes == 0, built
