@@ -11,13 +11,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 
+from tuner.baselines import TritonConstants, tuned_name
 from tuner.errors import TunerError, UsageError
+from tuner.report.rows import rows
 from tuner.search import (
     Candidate,
     Event,
@@ -30,9 +34,12 @@ from tuner.search import (
     import_study,
     tune,
 )
+from tuner.search.constraints import space_for
 from tuner.search.evaluate import Final, Scored, limit_us
+from tuner.search.sampler import FeasibleSampler, distributions, params_of
 from tuner.search.storage import open_storage, open_study
 from tuner.space import Config, Problem, default_config, get_space, seed_config
+from tuner.suits import CacheOrder, refusal
 from tuner.table import lookup, merge, read, verify
 from tuner.targets import get_target
 from tuner.workload import Bucket, Shape
@@ -41,6 +48,8 @@ SHAPE = Shape(128, 32, 8)
 PROBLEM = Problem("decode", 128, 4, "turboquant_4bit_nc")
 TARGET = get_target("sm_121")
 BUCKETS = (Bucket(1, 1024), Bucket(1, 65536), Bucket(16, 1024), Bucket(16, 65536), Bucket(16, 65536, ragged=True))
+TRIALS = 6
+TUNED = tuned_name("triton", TritonConstants(block_kv=16, num_warps=4, num_stages=1, splits=32, block_h=16))
 
 
 class Analytic:
@@ -51,6 +60,7 @@ class Analytic:
     def __init__(self, root: Path, pause_s: float = 0.0, buckets: tuple[Bucket, ...] = BUCKETS) -> None:
         self.root, self.pause_s, self.buckets = root, pause_s, buckets
         self.log: list[tuple[str, float, float, tuple[Config, ...]]] = []
+        self.sweeps = 0
 
     def build(self, configs: Sequence[Config]) -> list[Candidate | Failure]:
         start = time.monotonic()
@@ -89,10 +99,18 @@ class Analytic:
     def confirm(self, candidate: Candidate) -> Failure | None:
         return None
 
-    def final(self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket) -> Final | Failure:
+    def rivals(self, tell: Callable[[str], None]) -> tuple[str, ...]:
+        self.sweeps += 1
+        tell("tuning the Triton baseline")
+        return (TUNED,)
+
+    def final(
+        self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str]
+    ) -> Final | Failure:
         times = tuple(self.time(c.config, bucket, s) for c, s in contestants)
         winner = min(range(len(times)), key=lambda i: times[i].median_us)
-        return Final(times, winner, False, {"triton": 10 * times[winner].median_us, "fa3_bf16": None})
+        us = times[winner].median_us
+        return Final(times, winner, False, {"triton": 10 * us, "fa3_bf16": None} | {n: 4 * us for n in rivals})
 
     def close(self) -> None:
         pass
@@ -103,7 +121,7 @@ class Analytic:
 
 def request_for(root: Path, **changes: object) -> TuneRequest:
     request = TuneRequest(
-        PROBLEM, SHAPE, BUCKETS, TARGET, "predicted", trials=10, batch_size=4, root=root, output=root / "tables"
+        PROBLEM, SHAPE, BUCKETS, TARGET, "predicted", trials=TRIALS, batch_size=4, root=root, output=root / "tables"
     )
     return replace(request, **changes)  # type: ignore[arg-type]
 
@@ -119,31 +137,32 @@ def search(
 def test_end_to_end(tmp_path: Path) -> None:
     result, evaluator, events = search(tmp_path)
     assert result.path and verify(result.path) == () and read(result.path) == result.table
-    assert len(evaluator.scored()) == 10 == len(set(evaluator.scored()))
-    assert result.progress.done == result.progress.total == 10
+    assert len(evaluator.scored()) == TRIALS == len(set(evaluator.scored()))
+    assert result.progress.done == result.progress.total == TRIALS
     table = result.table
     assert {e.batch for e in table.by_batch} == {1, 16} and len(table.by_batch_and_context) == len(BUCKETS)
     assert all(e.splits == 1 for e in table.by_batch_and_context if e.batch == 16)
     assert all(dict(e.timing.baselines_us)["fa3_bf16"] is None for e in table.by_batch_and_context)
     assert all(e.worst_ratio >= e.mean_ratio >= 1 for e in table.by_batch)
+    assert [r.tuned_us for r in rows(table)] == [4 * r.time_us for r in rows(table)]
     assert {k.id for k in table.kernels} == set(result.cubins)
     assert lookup(table, 16, 65536) is not None
     trials = [e for e in events if e.stage == "search"]
-    assert [e.progress.done for e in trials] == list(range(1, 11)) and trials[-1].progress.time_left_s == 0
+    assert [e.progress.done for e in trials] == list(range(1, TRIALS + 1)) and trials[-1].progress.time_left_s == 0
     assert {e.stage for e in events} == {"search", "race", "table"}
     bests = [e.progress.best_score for e in trials]
     assert bests == sorted(bests, reverse=True)  # type: ignore[type-var]
 
 
 def test_landmarks_come_first(tmp_path: Path) -> None:
-    _, evaluator, _ = search(tmp_path)
+    _, evaluator, _ = search(tmp_path, trials=3)
     first = evaluator.log[0][3]
     assert evaluator.log[0][0] == "build"
     assert first[0] == default_config(PROBLEM) and seed_config(PROBLEM) in first
 
 
 def test_every_configuration_is_allowed(tmp_path: Path) -> None:
-    result, evaluator, _ = search(tmp_path, trials=16)
+    result, evaluator, _ = search(tmp_path, trials=14)
     space = get_space("decode")
     landmarks = {default_config(PROBLEM), seed_config(PROBLEM)}
     assert not [c for c in evaluator.scored() if c not in landmarks and space.refusals(c, TARGET)]
@@ -157,8 +176,43 @@ def test_restrictions_hold_for_all_but_the_landmarks(tmp_path: Path) -> None:
     assert all(dict(k.params)["warps"] in (1, 2) for k in result.table.kernels)
 
 
+def test_shape_keeps_out_what_it_cannot_use(tmp_path: Path) -> None:
+    request = request_for(tmp_path, shape=Shape(128, 8, 2))
+    space, refused = space_for(request), Counter[str]()
+    default, seed = default_config(PROBLEM), seed_config(PROBLEM)
+    assert seed["head_warps"] == 4, "a landmark that the shape does not suit"
+    assert [c.name for c in space.refusals(seed, TARGET)] == ["idle_head_warps"]
+    assert not space.refusals(default, TARGET)
+    bulk = default.with_(load="bulk", stages=2, load_bytes=16)
+    assert "unreadable_cache" in [c.name for c in space.refusals(bulk, TARGET)]
+    study = optuna.create_study(sampler=FeasibleSampler(space, space, PROBLEM, TARGET, 0, refused))
+    for _ in range(40):
+        config = Config(PROBLEM, params_of(space, study.ask(distributions(space)).params))
+        assert config["head_warps"] in (1, 2)
+        assert config["load"] != "bulk" or refusal(config, CacheOrder.standard(config, kv_heads=2)) is None
+    assert refused["idle_head_warps"] > 0 and refused["unreadable_cache"] > 0
+    _, evaluator, _ = search(tmp_path, shape=Shape(128, 8, 2), trials=3)
+    assert {default, seed} <= set(evaluator.log[0][3])
+
+
+def test_nothing_is_asked_for_that_the_shape_cannot_use(tmp_path: Path) -> None:
+    result, evaluator, _ = search(tmp_path, restrict={"head_warps": (1, 8), "warps": (4,)}, shape=Shape(128, 8, 2))
+    landmarks = {default_config(PROBLEM), seed_config(PROBLEM)}
+    assert all(c["head_warps"] == 1 for c in set(evaluator.scored()) - landmarks) and result.table.kernels
+    with pytest.raises(TunerError, match="no configuration was tried within the restrictions"):
+        search(tmp_path, restrict={"head_warps": (8,)}, shape=Shape(128, 8, 2))
+
+
+def test_triton_is_tuned_once_per_study(tmp_path: Path) -> None:
+    assert search(tmp_path, trials=2)[1].sweeps == 1
+    again, evaluator, _ = search(tmp_path, trials=2)
+    assert evaluator.sweeps == 0 and TUNED in again.table.by_batch[0].timings[0].baselines_us
+    named, evaluator, _ = search(tmp_path, trials=2, baselines=("triton",), output=None)
+    assert evaluator.sweeps == 0 and TUNED not in named.table.by_batch[0].timings[0].baselines_us
+
+
 def test_next_batch_is_built_while_one_is_timed(tmp_path: Path) -> None:
-    _, evaluator, _ = search(tmp_path, Analytic(tmp_path, pause_s=0.2))
+    _, evaluator, _ = search(tmp_path, Analytic(tmp_path, pause_s=0.2), batch_size=2)
     builds = [entry for entry in evaluator.log if entry[0] == "build"][:3]
     scores = [entry for entry in evaluator.log if entry[0] == "score"]
     overlaps = [1 for b in builds for s in scores if b[1] < s[2] and s[1] < b[2]]
@@ -170,13 +224,13 @@ def test_second_run_evaluates_nothing_and_more_trials_go_on(tmp_path: Path) -> N
     second, evaluator, _ = search(tmp_path)
     assert evaluator.scored() == [] and second.study_name == first.study_name
     assert second.table.by_batch == first.table.by_batch
-    third, evaluator, _ = search(tmp_path, trials=12)
+    third, evaluator, _ = search(tmp_path, trials=TRIALS + 2)
     assert len(evaluator.scored()) == 2 and third.study_name == first.study_name
 
 
 def test_without_resume_a_new_study_repeats_the_same_search(tmp_path: Path) -> None:
-    first, a, _ = search(tmp_path)
-    second, b, _ = search(tmp_path, resume=False)
+    first, a, _ = search(tmp_path, trials=4)
+    second, b, _ = search(tmp_path, trials=4, resume=False)
     assert second.study_name == f"{first.study_name}-run2"
     assert a.scored() == b.scored(), "the same seed draws the same configurations"
 
@@ -218,10 +272,10 @@ class Faulty(Analytic):
 
 
 def test_failures_are_recorded_and_kill_nothing(tmp_path: Path) -> None:
-    result, _, events = search(tmp_path, Faulty(tmp_path), trials=20)
+    result, _, events = search(tmp_path, Faulty(tmp_path), trials=12)
     failures = dict(result.progress.failures)
     failures.pop("constraint", None)
-    assert result.progress.done == 20 and len(failures) >= 3
+    assert result.progress.done == 12 and len(failures) >= 3
     study = open_study(request_for(tmp_path), "analytic")
     recorded = [t.user_attrs["failure"]["kind"] for t in study.trials if "failure" in t.user_attrs]
     assert sorted(recorded) == sorted(e.failure.kind for e in events if e.failure)
@@ -245,9 +299,9 @@ def test_errors_of_the_machine_end_the_search_and_cost_no_trial(tmp_path: Path) 
 
     with pytest.raises(TunerError, match="fell off the bus"):
         search(tmp_path, Gone(tmp_path))
-    result, evaluator, _ = search(tmp_path)
-    assert len(evaluator.scored()) == 10 and default_config(PROBLEM) in evaluator.scored()
-    assert result.progress.done == 10
+    result, evaluator, _ = search(tmp_path, trials=9)
+    assert len(evaluator.scored()) == 9 and default_config(PROBLEM) in evaluator.scored()
+    assert result.progress.done == 9
 
 
 def test_finalist_that_fails_the_last_gate_is_not_published(tmp_path: Path) -> None:
@@ -310,7 +364,7 @@ def child(root: Path, trials: int) -> subprocess.Popen[str]:
 
 
 def test_resume_after_sigkill(tmp_path: Path) -> None:
-    process = child(tmp_path, 16)
+    process = child(tmp_path, 12)
     assert process.stdout
     done = 0
     while done < 5:
@@ -322,34 +376,34 @@ def test_resume_after_sigkill(tmp_path: Path) -> None:
     lost = [t for t in study.trials if t.state.name == "RUNNING"]
     finished = [t for t in study.trials if t.state.name == "COMPLETE"]
     assert lost and len(finished) >= done
-    result, evaluator, _ = search(tmp_path, trials=16)
+    result, evaluator, _ = search(tmp_path, trials=12)
     again = {c.params for c in evaluator.scored()}
     names = [a.name for a in get_space("decode").axes]
     assert again >= {tuple((n, t.params[n]) for n in names) for t in lost if t.params.keys() >= set(names)}
     assert not again & {tuple((n, t.params[n]) for n in names) for t in finished}, "nothing is timed twice"
-    assert result.progress.done == 16 and len(evaluator.scored()) == 16 - len(finished)
+    assert result.progress.done == 12 and len(evaluator.scored()) == 12 - len(finished)
     states = [t.state.name for t in open_study(request_for(tmp_path), "analytic").trials]
-    assert "RUNNING" not in states and states.count("COMPLETE") == 16
+    assert "RUNNING" not in states and states.count("COMPLETE") == 12
 
 
 def test_workers_share_a_study(tmp_path: Path) -> None:
-    other = child(tmp_path, 16)
+    other = child(tmp_path, 12)
     assert other.stdout and int(other.stdout.readline()) == 1
-    _, evaluator, _ = search(tmp_path, Analytic(tmp_path, pause_s=0.4), trials=16)
+    _, evaluator, _ = search(tmp_path, Analytic(tmp_path, pause_s=0.4), trials=12)
     other.communicate()
     assert other.returncode == 0
     trials = open_study(request_for(tmp_path), "analytic").trials
     complete = [t for t in trials if t.state.name == "COMPLETE"]
-    assert len(complete) == 16 == len({tuple(sorted(t.params.items())) for t in complete})
-    assert 0 < len(evaluator.scored()) < 16
+    assert len(complete) == 12 == len({tuple(sorted(t.params.items())) for t in complete})
+    assert 0 < len(evaluator.scored()) < 12
 
 
 def test_recording_replays_elsewhere(tmp_path: Path) -> None:
     result, _, _ = search(tmp_path / "a")
     recording = tmp_path / "trials.json"
-    assert export_study(request_for(tmp_path / "a"), recording, Analytic(tmp_path)) == 10
+    assert export_study(request_for(tmp_path / "a"), recording, Analytic(tmp_path)) == TRIALS
     there = request_for(tmp_path / "b")
-    assert import_study(there, recording, Analytic(tmp_path)) == 10
+    assert import_study(there, recording, Analytic(tmp_path)) == TRIALS
     assert import_study(there, recording, Analytic(tmp_path)) == 0
     replayed, evaluator, _ = search(tmp_path / "b")
     assert evaluator.scored() == []
@@ -367,13 +421,13 @@ def test_bad_recording(tmp_path: Path, content: str) -> None:
 
 
 def test_published_table_merges_or_keeps_what_was_there(tmp_path: Path) -> None:
-    first, _, _ = search(tmp_path, Analytic(tmp_path, buckets=BUCKETS[:2]), buckets=BUCKETS[:2])
-    second, _, _ = search(tmp_path, Analytic(tmp_path, buckets=BUCKETS[2:]), buckets=BUCKETS[2:])
+    first, _, _ = search(tmp_path, Analytic(tmp_path, buckets=BUCKETS[:2]), buckets=BUCKETS[:2], trials=3)
+    second, _, _ = search(tmp_path, Analytic(tmp_path, buckets=BUCKETS[2:]), buckets=BUCKETS[2:], trials=3)
     assert second.path and first.path == second.path
     assert {e.batch for e in read(second.path).by_batch} == {1, 16}
     assert merge(first.table, second.table).by_batch == read(second.path).by_batch
     second.path.write_text("{")
-    third, _, events = search(tmp_path)
+    third, _, events = search(tmp_path, trials=3)
     assert third.path and verify(third.path) == ()
     assert third.path.with_name(third.path.name + ".replaced").read_text() == "{"
     assert "kept as" in events[-1].text
@@ -446,7 +500,7 @@ def test_dequant_is_not_predicted(tmp_path: Path) -> None:
 
 
 def test_recordings_are_compact(tmp_path: Path) -> None:
-    search(tmp_path)
+    search(tmp_path, trials=2)
     recording = tmp_path / "r.json"
     export_study(request_for(tmp_path), recording, Analytic(tmp_path))
     trial = json.loads(recording.read_text())["trials"][0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.errors import TunerError
+from tuner.search.constraints import space_for
 from tuner.search.evaluate import Candidate, Evaluator, Final, Time, batches, limit_us
 from tuner.search.progress import Tracker
 from tuner.search.provenance import device_of, provenance_of
@@ -37,8 +38,10 @@ class _Plan:
     by_batch: dict[int, BatchChoice]
 
 
-def choose(request: TuneRequest, records: Sequence[Record], evaluator: Evaluator, tracker: Tracker) -> TuneResult:
-    """Raises TunerError where no configuration ran."""
+def choose(
+    request: TuneRequest, records: Sequence[Record], evaluator: Evaluator, tracker: Tracker, rivals: Sequence[str] = ()
+) -> TuneResult:
+    """``rivals``: tuned baselines that race too. Raises TunerError where no configuration ran."""
     finalists = _usable(request, records)
     while True:
         if not finalists:
@@ -49,7 +52,7 @@ def choose(request: TuneRequest, records: Sequence[Record], evaluator: Evaluator
         if not rejected:
             break
         finalists = [r for n, r in enumerate(finalists) if n not in rejected]
-    finals = _race(request, plan, candidates, evaluator, tracker)
+    finals = _race(request, plan, candidates, evaluator, tracker, rivals)
     table = _table(request, plan, finals, finalists, candidates)
     by_id = {kernel_id(request.target.arch, c.cubin_sha256): Path(c.cubin) for c in candidates.values()}
     cubins = {k.id: by_id[k.id] for k in table.kernels}
@@ -61,10 +64,14 @@ def choose(request: TuneRequest, records: Sequence[Record], evaluator: Evaluator
 
 
 def _usable(request: TuneRequest, records: Iterable[Record]) -> list[Record]:
-    """Fully timed records inside the user's restrictions, simplest first: fewer registers, then the default."""
-    allowed = {a.name: a.values for a in get_space(request.problem.op).restricted(request.restrict).axes}
+    """Fully timed records that the request allows, simplest first: fewer registers, then the default.
+
+    A study may hold others: from a recording, or of a time when less was refused.
+    """
+    space = space_for(request)
+    allowed = {a.name: a.values for a in space.restricted(request.restrict).axes}
     keys = {b.key for b in request.buckets}
-    default = get_space(request.problem.op).default(request.problem)
+    default, seed = space.default(request.problem), space.seed(request.problem)
     complete = [
         r
         for r in records
@@ -73,6 +80,7 @@ def _usable(request: TuneRequest, records: Iterable[Record]) -> list[Record]:
         and not r.partial
         and keys & r.timings.keys()
         and all(v in allowed[n] for n, v in r.config.params)
+        and (r.config in (default, seed) or not space.refusals(r.config, request.target))
     ]
     return sorted(complete, key=lambda r: (r.candidate.registers if r.candidate else 0, r.config != default, r.number))
 
@@ -130,7 +138,12 @@ def _confirm(
 
 
 def _race(
-    request: TuneRequest, plan: _Plan, candidates: dict[int, Candidate], evaluator: Evaluator, tracker: Tracker
+    request: TuneRequest,
+    plan: _Plan,
+    candidates: dict[int, Candidate],
+    evaluator: Evaluator,
+    tracker: Tracker,
+    rivals: Sequence[str],
 ) -> dict[str, tuple[list[Point], Final]]:
     """Per bucket who raced and the outcome; where the race itself failed, what the study knows."""
     finals = {}
@@ -144,7 +157,7 @@ def _race(
             choice = plan.by_batch[bucket.batch]
             entrants.add((choice.kernel, choice.splits))
         points = sorted(entrants)
-        final = evaluator.final([(candidates[n], s) for n, s in points], bucket)
+        final = evaluator.final([(candidates[n], s) for n, s in points], bucket, rivals)
         if isinstance(final, Failure):
             tracker.tell("race", f"{bucket.key}: no race, {final.kind}: {final.message}", failure=final)
             continue

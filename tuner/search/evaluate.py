@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,8 +82,13 @@ class Evaluator(Protocol):
     def confirm(self, candidate: Candidate) -> Failure | None:
         """The full correctness gate, once more before anything is published; None: passed."""
 
-    def final(self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket) -> Final | Failure:
-        """Compares (candidate, splits) with each other, simplest first, and with the baselines."""
+    def rivals(self, tell: Callable[[str], None]) -> tuple[str, ...]:
+        """Searches the constants of the Triton baseline; names of the tuned ones, none where it does not run."""
+
+    def final(
+        self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str]
+    ) -> Final | Failure:
+        """Compares (candidate, splits) with each other, simplest first, with the baselines and the tuned ``rivals``."""
 
     def close(self) -> None:
         """Releases what was held; harmless when called twice."""

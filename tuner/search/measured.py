@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tuner.baselines import BASELINES
+from tuner.baselines import BASELINES, Constants, tuned_name
 from tuner.measure import Contestant, Measurer, Race, Sample, declare_winner
 from tuner.measure import Failure as MeasureFailure
 from tuner.search import compiled
 from tuner.search.evaluate import Candidate, Final, Scored, Time, Timings, batches, best_time, splits_for_batch
 from tuner.search.request import Failure, TuneRequest
+from tuner.search.rivals import BASELINE, probes, sweep
 from tuner.space.core import Config
 from tuner.workload import Bucket
 
 HOPELESS = 1.5
 """How many times slower than the best on the sampled buckets a kernel may be and still be timed on all."""
 RACE_BUDGET_S = 1.5
+TRITON_TRIALS = 12
+TRITON_BUDGET_S = 45.0
+"""For the constants of the Triton baseline; most of it is Triton's own compilation."""
 
 
 class MeasuredEvaluator:
@@ -66,11 +70,29 @@ class MeasuredEvaluator:
         )
         return Failure(checked.kind, checked.message) if isinstance(checked, MeasureFailure) else None
 
-    def final(self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket) -> Final | Failure:
+    def rivals(self, tell: Callable[[str], None]) -> tuple[str, ...]:
+        """Short runs on a few buckets decide which constants race on all of them."""
+        request, op = self._request, self._request.problem.op
+        sample = probes(request.buckets)
+
+        def measure(constants: Constants) -> dict[str, float]:
+            name = tuned_name(BASELINE[op], constants)
+            answer = self._measurer.baseline([name], request.shape, request.problem.cache_format, sample, op=op)[name]
+            return {} if isinstance(answer, MeasureFailure) else {t.bucket: t.sample.median_us for t in answer}
+
+        found = sweep(
+            request.problem, measure, seed=request.seed, limit=TRITON_TRIALS, budget_s=TRITON_BUDGET_S, tell=tell
+        )
+        return tuple(tuned_name(BASELINE[op], constants) for constants in found)
+
+    def final(
+        self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str]
+    ) -> Final | Failure:
         request = self._request
         names = [f"kernel{i}" for i in range(len(contestants))]
         ours = [Contestant(n, c.config, Path(c.cubin), s) for n, (c, s) in zip(names, contestants, strict=True)]
-        theirs = [Contestant(name) for name in self._baseline_names()]
+        others = [*self._baseline_names(), *rivals]
+        theirs = [Contestant(name) for name in others]
         args = (request.shape, request.problem.cache_format, bucket)
         race = self._measurer.race([*ours, *theirs], *args, op=request.problem.op, budget_s=RACE_BUDGET_S)
         if isinstance(race, MeasureFailure) and theirs:
@@ -78,19 +100,19 @@ class MeasuredEvaluator:
             race = self._measurer.race(ours, *args, op=request.problem.op, budget_s=RACE_BUDGET_S)
         if isinstance(race, MeasureFailure):
             return Failure(race.kind, race.message)
-        return self._judge(race, names)
+        return self._judge(race, names, others)
 
     def close(self) -> None:
         self._measurer.close()
 
-    def _judge(self, race: Race, names: list[str]) -> Final | Failure:
+    def _judge(self, race: Race, names: list[str], others: list[str]) -> Final | Failure:
         ran = [n for n in names if n in race.samples]
         if not ran:
             reason = next((f.message for f in race.failures.values()), "no kernel finished the race")
             return Failure("error", reason)
         winner, tie = declare_winner({n: race.rounds_us[n] for n in ran}, ran)
         times = tuple(_time(race.samples[n]) if n in race.samples else None for n in names)
-        samples = {n: race.samples.get(n) for n in self._baseline_names()}
+        samples = {n: race.samples.get(n) for n in others}
         return Final(times, names.index(winner), tie, {n: s.median_us if s else None for n, s in samples.items()})
 
     def _time(self, candidate: Candidate, buckets: Sequence[Bucket], timings: Timings) -> Failure | None:

@@ -22,11 +22,11 @@ def provenance_of(request: TuneRequest) -> Provenance:
         date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         seed=request.seed,
         nvcc=_nvcc(request.target.arch),
-        torch=_version("torch"),
-        triton=_version("triton"),
-        cupy=next((v for name in _CUPY if (v := _version(name))), None),
-        vllm=_version("vllm"),
-        optuna=_version("optuna"),
+        torch=version("torch"),
+        triton=version("triton"),
+        cupy=next((v for name in _CUPY if (v := version(name))), None),
+        vllm=version("vllm"),
+        optuna=version("optuna"),
         git_commit=_commit(),
         template_hash=templates_digest(),
     )
@@ -38,7 +38,8 @@ def device_of(request: TuneRequest) -> Device:
     return Device(request.target.device_name, request.target.arch, request.target.sms, driver)
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
+    """Of an installed distribution; None where it is not."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:

@@ -20,6 +20,8 @@ STARTUP_TRIALS = 12
 _REDRAWS = 4
 _REPAIR_STEPS = 40
 _FRESH_TRIES = 200
+_STUCK = 6
+"""Repairs in a row that find nothing allowed, after which there is taken to be nothing."""
 _ENUMERABLE = 50_000
 
 Params = tuple[tuple[str, Value], ...]
@@ -38,9 +40,9 @@ def params_of(space: Space, values: dict[str, Any]) -> Params:
 class FeasibleSampler(BaseSampler):
     """Draws from TPE (at random for the first trials) until a point is allowed and new, then from its neighbourhood.
 
-    ``allowed`` is the space with the user's restrictions, ``refused`` counts constraint -> samples it refused. Optuna
-    calls it once per trial; enqueued trials keep the values they came with. When nothing new is left it returns a
-    point that was tried before, which the caller recognises.
+    ``space`` holds the constraints, ``allowed`` is the same with the user's restrictions, ``refused`` counts
+    constraint -> samples it refused. Optuna calls it once per trial; enqueued trials keep the values they came with.
+    When nothing new is left it returns a point that was tried before, which the caller recognises.
     """
 
     def __init__(
@@ -74,12 +76,16 @@ class FeasibleSampler(BaseSampler):
             values = self._within(proposal) if proposal else self._draw()
             if self._feasible(values) and params_of(self._space, values) not in seen:
                 return self._answer(values, search_space)
+        stuck = 0
         for _ in range(_FRESH_TRIES):
             repaired = self._repair(dict(values))
+            stuck = 0 if repaired else stuck + 1
+            if stuck == _STUCK:
+                break
             if repaired and params_of(self._space, repaired) not in seen:
                 return self._answer(repaired, search_space)
             values = self._kick(values) if repaired else self._draw()
-        return self._answer(self._untried(seen) or values, search_space)
+        return self._answer(self._untried(seen) or dict(next(iter(seen), ())) or values, search_space)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

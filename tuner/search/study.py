@@ -44,7 +44,7 @@ def tune(request: TuneRequest, on_event: OnEvent | None = None, evaluator: Evalu
     try:
         search = _Search.open(request, on_event, evaluator)
         search.run()
-        result = choose(request, search.records(), evaluator, search.tracker)
+        result = choose(request, search.records(), evaluator, search.tracker, search.rivals())
         return replace(result, study_name=search.study.study_name, storage=storage_url(request))
     finally:
         evaluator.close()
@@ -103,10 +103,11 @@ class _Search:
     @staticmethod
     def open(request: TuneRequest, on_event: OnEvent | None, evaluator: Evaluator) -> _Search:
         """Opens the study, takes over what dead workers left, and enqueues the landmarks."""
+        from tuner.search.constraints import space_for
         from tuner.search.sampler import FeasibleSampler
         from tuner.search.storage import open_study, recover
 
-        space = get_space(request.problem.op)
+        space = space_for(request)
         allowed = space.restricted(request.restrict)
         study = open_study(request, evaluator.fingerprint)
         recover(study)
@@ -183,16 +184,43 @@ class _Search:
             self.open_trials[trial.number] = trial
             params = params_of(space, trial.params)
             # Another worker's trial may be half asked for: its parameters then equal no one's.
-            others = [t for t in trials if t.state != TrialState.FAIL and t.number != trial.number]
+            others = [t for t in self.study.get_trials(deepcopy=False) if t.number != trial.number]
+            others = [t for t in others if t.state not in (TrialState.FAIL, TrialState.WAITING)]
+            if sum(t.number < trial.number for t in others) >= self.trials:
+                # Two workers asked at once for what was the last trial: the lower number has it.
+                self._give_up(trial, "surplus")
+                break
             if any(t.params == trial.params for t in others):
-                trial.set_user_attr("duplicate", True)
-                self.study.tell(trial, state=TrialState.FAIL)
-                del self.open_trials[trial.number]
+                self._give_up(trial, "duplicate")
                 if enqueued:
                     continue  # an enqueued twin says nothing about what is left
                 break  # the sampler found nothing new
             batch.append((trial, Config(self.request.problem, params)))
         return batch
+
+    def _give_up(self, trial: Trial, why: str) -> None:
+        """Ends a trial that was asked for and shall not be evaluated; it does not count."""
+        from optuna.trial import TrialState
+
+        trial.set_user_attr(why, True)
+        self.study.tell(trial, state=TrialState.FAIL)
+        del self.open_trials[trial.number]
+
+    def rivals(self) -> tuple[str, ...]:
+        """Names of the tuned baselines; found once per study, unless the request names its baselines."""
+        from tuner.search.provenance import version
+        from tuner.search.rivals import VERSION
+
+        if self.request.baselines is not None or not any(r.score is not None for r in self.records()):
+            return ()
+        identity = [VERSION, version("triton")]
+        known = self.study.user_attrs.get("rivals")
+        if known and known["identity"] == identity:
+            return tuple(known["names"])
+        names = self.evaluator.rivals(lambda text: self.tracker.tell("race", text))
+        if names:  # nothing may also mean that the GPU's process died
+            self.study.set_user_attr("rivals", {"identity": identity, "names": names})
+        return names
 
     def _evaluate(self, batch: Batch, results: list[Candidate | Failure]) -> None:
         from tuner.search import records

@@ -1,0 +1,32 @@
+"""What the shape refuses beyond the space's own constraints: configurations that its KV heads cannot put to use."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tuner.search.request import TuneRequest
+from tuner.space import get_space
+from tuner.space.core import Config, Constraint, Space
+from tuner.suits import CacheOrder, refusal
+from tuner.targets import Target
+
+
+def space_for(request: TuneRequest) -> Space:
+    """The space of the request's op with the constraints of its shape added."""
+    space = get_space(request.problem.op)
+    if request.problem.op != "decode":
+        return space
+    kv_heads = request.shape.kv_heads
+
+    def idle_warps(config: Config, target: Target) -> bool:
+        return bool(kv_heads % config["head_warps"])
+
+    def unreadable(config: Config, target: Target) -> bool:
+        order = CacheOrder.standard(config, kv_heads=kv_heads)
+        return config["load"] == "bulk" and refusal(config, order) is not None
+
+    added = (
+        Constraint("idle_head_warps", f"the {kv_heads} KV heads leave some of a CTA's head warps idle", idle_warps),
+        Constraint("unreadable_cache", f"a cache of {kv_heads} KV heads does not suit bulk copies", unreadable),
+    )
+    return replace(space, constraints=(*space.constraints, *added))
