@@ -85,7 +85,7 @@ def store_case(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> StoreCase:
-    """Random rows with loud channels; among them zeros, constants and the largest and smallest numbers of ``dtype``.
+    """Random rows with loud channels; among them zeros, a constant and the largest and smallest numbers of ``dtype``.
 
     Slots are shuffled over a cache of random bytes, every seventh is negative. ``gap`` elements lie between the
     heads of ``key`` and ``value``.
@@ -96,7 +96,10 @@ def store_case(
     before = make_cache(layout, blocks, block_size, kv_heads, order=order, padding=padding, generator=generator)
     rows = torch.randn(2, tokens, kv_heads, layout.head_dim + gap, generator=generator)
     rows *= torch.where(torch.rand(rows.shape[-1], generator=generator) < 0.05, 8.0, 1.0)
-    extremes = (0.0, 3.5, 1e-3, 6e4, 1e-6, 1e30 if dtype == torch.bfloat16 else 6.5e4)
+    # With random signs, a constant row's transform has coefficients of exactly zero, where the middle midpoint is: the
+    # rounding of the reference's normalised row decides there, so constants are left to the other formats.
+    constant = 1.0 if layout.format.has_signs else 3.5
+    extremes = (0.0, constant, 1e-3, 6e4, 1e-6, 1e30 if dtype == torch.bfloat16 else 6.5e4)
     for token, factor in zip(range(1, tokens, 3), extremes, strict=False):
         rows[:, token] = factor if factor in (0.0, 3.5) else (rows[:, token] / 8 * factor).clamp(-2e38, 2e38)
     limit = torch.finfo(dtype).max
