@@ -49,7 +49,7 @@ LEAST_TRIALS_PER_LAYOUT = 4
     "--timeout",
     type=float,
     metavar="SECONDS",
-    help="End the search of a table after this long.  [default: 360 measured, 210 predicted]",
+    help="End the search of a table after this long.  [default: 360 measured, 180 predicted]",
 )
 @click.option("--workers", type=int, metavar="N", help="Compilations at a time.  [default: one per core]")
 @click.option("--gpus", type=INT_LIST, metavar="LIST", help="GPUs that share the search.  [default: 0]")
@@ -195,6 +195,7 @@ def _compare_layouts(out: Console, request: TuneRequest, more_gpus: tuple[int, .
     """A search per warp count with an equal share of the trials, then the table from all of them together."""
     import tempfile
 
+    from tuner.baselines import BASELINES
     from tuner.report import terminal
     from tuner.report.layouts import layout_row
     from tuner.search import DEFAULT_TIMEOUT_S, DEFAULT_TRIALS, export_study, import_study
@@ -210,6 +211,7 @@ def _compare_layouts(out: Console, request: TuneRequest, more_gpus: tuple[int, .
             trials=max(LEAST_TRIALS_PER_LAYOUT, share),
             timeout_s=timeout_s,
             output=None,
+            baselines=tuple(b.name for b in BASELINES.values() if b.op == request.problem.op),
         )
         out.print(f"{count} warps per CTA")
         rows.append(layout_row(int(count), _search(out, part, more_gpus).table, request.target))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tuner.search.records import Record
 
 DEFAULT_TRIALS = {"predicted": 96, "measured": 160}
-DEFAULT_TIMEOUT_S = {"predicted": 210.0, "measured": 360.0}
+DEFAULT_TIMEOUT_S = {"predicted": 180.0, "measured": 360.0}
 _MAX_ERRORS = 5
 """Failures in a row that are nobody's configuration's fault, after which the search gives up."""
 
