@@ -1,0 +1,122 @@
+"""A layer on a GPU, as vLLM drives it: eager, captured in a graph and replayed, and with a broken file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tuner.reference import Case, synthetic_cache
+from tuner.space import Problem
+from tuner.vllm.defaults import build_defaults, write
+from tuner.vllm.dispatch import dispatch_for
+from tuner.vllm.eligible import LayerFacts
+from tuner.vllm.layer import Layer
+from tuner.vllm.scratch import scratch_for
+
+pytestmark = pytest.mark.gpu
+TOLERANCE = 5e-3
+LENGTHS = (300, 0, 17, 1025)
+
+
+@pytest.fixture(params=["turboquant_4bit_nc", "turboquant_k8v4"])
+def problem(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Problem]:
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
+    monkeypatch.setenv("VLLM_CONFIG_ROOT", str(tmp_path / "none"))
+    made = Problem("decode", 128, 4, request.param)
+    arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    for defaults in build_defaults([made], arch):
+        write(defaults, tmp_path)
+    dispatch_for.cache_clear()
+    scratch_for.cache_clear()
+    yield made
+    dispatch_for.cache_clear()
+
+
+def case_of(problem: Problem, padding: int = 0, order: str = "token") -> Case:
+    return synthetic_cache(
+        problem.layout, LENGTHS, q_heads=4 * problem.gqa, kv_heads=4, padding=padding, order=order, stale_table=False
+    )
+
+
+def layer_of(problem: Problem, case: Case) -> Layer:
+    layer = Layer(LayerFacts(problem.head_dim, 4 * problem.gqa, 4, problem.cache_format, case.scale))
+    layer.prepare(torch.device("cuda", torch.cuda.current_device()), "test", max(LENGTHS))
+    layer.reserve(8, torch.bfloat16)
+    assert layer.reason is None
+    return layer
+
+
+def decode(layer: Layer, case: Case, context: int | None) -> torch.Tensor:
+    out = layer.decode(case.query, case.kv_cache, case.block_table, case.seq_lens, case.codec.centroids, context)
+    assert out is not None, layer.reason
+    return out
+
+
+def error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    size = expected.norm(dim=-1)
+    assert not out[1].any()
+    return float(((out.double().cpu() - expected).norm(dim=-1) / size.clamp_min(1e-30))[[0, 2, 3]].max())
+
+
+@pytest.mark.parametrize(("padding", "order"), [(0, "token"), (0, "head"), (6, "token")])
+def test_eager_calls_agree_with_the_reference(problem: Problem, padding: int, order: str) -> None:
+    case = case_of(problem, padding, order)
+    layer = layer_of(problem, case)
+    for context in (None, max(LENGTHS)):
+        assert error(decode(layer, case.to("cuda"), context), case.expected()) <= TOLERANCE
+
+
+def test_a_captured_graph_serves_other_lengths_and_allocates_nothing(problem: Problem) -> None:
+    host = case_of(problem)
+    case = host.to("cuda")
+    layer = layer_of(problem, host)
+    case.seq_lens.fill_(1)
+    decode(layer, case, None)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        out = decode(layer, case, 1)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    case.seq_lens.copy_(host.seq_lens)
+    for _ in range(3):
+        graph.replay()
+        assert error(out, host.expected()) <= TOLERANCE
+
+
+def test_strided_queries_of_a_fused_projection(problem: Problem) -> None:
+    host = case_of(problem)
+    case = host.to("cuda")
+    wide = torch.randn(len(LENGTHS), 3 * 4 * problem.gqa, problem.head_dim, device="cuda", dtype=torch.bfloat16)
+    wide[:, : 4 * problem.gqa] = case.query
+    layer = layer_of(problem, host)
+    out = layer.decode(
+        wide[:, : 4 * problem.gqa], case.kv_cache, case.block_table, case.seq_lens, case.codec.centroids, None
+    )
+    assert out is not None and error(out, host.expected()) <= TOLERANCE
+
+
+def test_a_continuation_call_has_one_row_of_the_block_table(problem: Problem) -> None:
+    host = case_of(problem)
+    case = host.to("cuda")
+    layer = layer_of(problem, host)
+    rows = torch.arange(1021, 1026, dtype=torch.int32, device="cuda")
+    query = torch.randn(5, 4 * problem.gqa, problem.head_dim, device="cuda", dtype=torch.bfloat16)
+    table = case.block_table[3:4].expand(5, -1)
+    out = layer.decode(query, case.kv_cache, table, rows, case.codec.centroids, 1025)
+    assert out is not None
+    expected = Case(query, case.kv_cache, table.contiguous(), rows, case.scale, case.codec).to("cpu").expected()
+    assert float(((out.double().cpu() - expected).norm(dim=-1) / expected.norm(dim=-1)).max()) <= TOLERANCE
+
+
+def test_a_damaged_cubin_hands_everything_back(problem: Problem, tmp_path: Path) -> None:
+    for cubin in (tmp_path / "kernels").glob("*.cubin"):
+        cubin.write_bytes(cubin.read_bytes()[:-1] + b"?")
+    case = case_of(problem)
+    layer = Layer(LayerFacts(problem.head_dim, 4 * problem.gqa, 4, problem.cache_format, case.scale))
+    on_gpu = case.to("cuda")
+    out = layer.decode(on_gpu.query, on_gpu.kv_cache, on_gpu.block_table, on_gpu.seq_lens, on_gpu.codec.centroids, 9)
+    assert out is None and "not what" in (layer.reason or "")
