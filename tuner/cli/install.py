@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tuner.cli.options import CONTEXT_SETTINGS, debug_option, ensure_writable
+from tuner.cli.options import CONTEXT_SETTINGS, DEFAULT_FORMAT, debug_option, ensure_writable, read_target
 from tuner.cli.tables import table_paths, tables_argument
 
 
@@ -15,8 +15,19 @@ from tuner.cli.tables import table_paths, tables_argument
 @click.option("--dry-run", is_flag=True, help="Say what would be done and do nothing.")
 @click.option("--uninstall", is_flag=True, help="Remove what was installed.")
 @click.option("--allow-predicted", is_flag=True, help="Install tables whose times were never measured, too.")
+@click.option("--model", metavar="NAME|PATH", help="Add default kernels for it, and say which layers use which kernel.")
+@click.option(
+    "--kv-cache-dtype", "cache_format", default=DEFAULT_FORMAT, show_default=True, metavar="FORMAT", help="For --model."
+)
 @debug_option
-def command(tables: tuple[Path, ...], dry_run: bool, uninstall: bool, allow_predicted: bool) -> None:
+def command(
+    tables: tuple[Path, ...],
+    dry_run: bool,
+    uninstall: bool,
+    allow_predicted: bool,
+    model: str | None,
+    cache_format: str,
+) -> None:
     """Put dispatch TABLES (files or folders; without any: build/tables) and their cubins where vLLM finds them.
 
     That is $VLLM_TUNED_CONFIG_FOLDER if it is set, else the folder "tuned" of vLLM's configuration directory
@@ -39,6 +50,32 @@ def command(tables: tuple[Path, ...], dry_run: bool, uninstall: bool, allow_pred
             else ("would write" if dry_run else "wrote")
         )
         click.echo(f"{verb} {step.path} ({step.table.evidence}, {len(step.table.kernels)} kernels)")
+    if model is not None:
+        _model(model, cache_format, folder, dry_run)
+
+
+def _model(model: str, cache_format: str, folder: Path, dry_run: bool) -> None:
+    """Default kernels of the model's layers where there is a compiler, then what vLLM will run for each of them."""
+    from tuner.errors import TunerError
+    from tuner.vllm.defaults import build_defaults, write
+    from tuner.vllm.eligible import LayerFacts, objection
+    from tuner.vllm.forecast import forecast
+    from tuner.workload import load_model
+
+    workload, (target, _) = load_model(model), read_target(None)
+    layers = [
+        LayerFacts(s.head_dim, s.q_heads, s.kv_heads, cache_format, 1.0) for s, _ in workload.shapes if not s.sliding
+    ]
+    problems = list(dict.fromkeys(layer.problem for layer in layers if objection(layer) is None))
+    if not dry_run:
+        try:
+            for made in build_defaults(problems, target.arch):
+                click.echo(f"wrote {write(made, folder)} ({len(made.kernels)} default kernels)")
+        except TunerError as error:
+            click.echo(f"no default kernels: {error}")
+    click.echo(f"{workload.name} with --kv-cache-dtype {cache_format} on {target.device_name}:")
+    for line in forecast(workload, cache_format, target):
+        click.echo(f"  {line}")
 
 
 def _uninstall(folder: Path, dry_run: bool) -> None:

@@ -12,6 +12,7 @@ from tuner.table.schema import Table, TableError
 from tuner.table.store import FOLDER_VARIABLE, merge, read, read_cubin, user_folder, write
 
 TABLE_PATTERN = "turboquant_*.json"
+DEFAULTS_PATTERN = "wph_default_*.json"
 CUBIN_PATTERN = "sm_*-*.cubin"
 
 
@@ -64,7 +65,8 @@ def carry_out(steps: Sequence[Step]) -> None:
 
 def installed(folder: Path) -> list[Path]:
     """Our files in ``folder``: tables first, so that removing in this order never leaves a table without its cubins."""
-    return [*sorted(folder.glob(TABLE_PATTERN)), *sorted((folder / "kernels").glob(CUBIN_PATTERN))]
+    indexes = (path for pattern in (TABLE_PATTERN, DEFAULTS_PATTERN) for path in sorted(folder.glob(pattern)))
+    return [*indexes, *sorted((folder / "kernels").glob(CUBIN_PATTERN))]
 
 
 def uninstall(folder: Path) -> list[Path]:

@@ -21,7 +21,6 @@ from tuner.table import Kernel, TableError, kernel_id
 from tuner.table.files import MAX_CUBIN_BYTES, MAX_TABLE_BYTES, parse_json, read_beside, read_bounded, write_whole
 from tuner.table.store import FOLDER_VARIABLE, PACKAGE_TABLES, user_folder
 
-PATTERN = "wph_default_*.json"
 _VERSION = 1
 
 

@@ -61,15 +61,14 @@ def _seam() -> Finding:
 
 def _tables() -> Finding:
     from tuner.table import verify
-    from tuner.table.install import TABLE_PATTERN, install_folder
-    from tuner.vllm.defaults import PATTERN
+    from tuner.table.install import DEFAULTS_PATTERN, TABLE_PATTERN, install_folder
 
     folder = install_folder()
     tables = sorted(folder.glob(TABLE_PATTERN))
     broken = [problem for path in tables for problem in verify(path)]
     if broken:
         return Finding("vLLM tables", False, "; ".join(broken), "python tune.py install, or tune again")
-    prebuilt = len(list(folder.glob(PATTERN)))
+    prebuilt = len(list(folder.glob(DEFAULTS_PATTERN)))
     if not tables and not prebuilt:
         return Finding("vLLM tables", False, f"none in {folder}", _TUNE)
     return Finding("vLLM tables", True, f"{len(tables)} whole in {folder}, and {prebuilt} sets of default kernels")
