@@ -309,6 +309,22 @@ def test_no_cell_holds_two_midpoints_of_the_formats(bits: int, head_dim: int) ->
     assert float(cell.diff().min()) > 1.01
 
 
+@needs_gxx
+@pytest.mark.parametrize("search", ["select", "cells"])
+def test_rows_with_nan_or_infinity_harm_no_other(search: str) -> None:
+    config = problem_config("turboquant_4bit_nc", 64, search=search)
+    case = small_case("turboquant_4bit_nc", 64)
+    broken = replace(case, key=case.key.clone(), value=case.value.clone())
+    broken.key[3, 0], broken.value[3, 0] = float("nan"), float("inf")
+    ours, clean = twin(case.before), twin(case.before)
+    launch(config, ours, broken)
+    launch(config, clean, case)
+    where = int(case.slot_mapping[3]) // 16, int(case.slot_mapping[3]) % 16, 0
+    assert not torch.equal(ours[where], clean[where])
+    ours[where] = clean[where]
+    assert torch.equal(ours, clean)
+
+
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 

@@ -145,8 +145,7 @@ def _config(problem: Problem, **changes: Value) -> Config:
 
 def _default(problem: Problem) -> Config:
     """Key and value in flight together, few rows per warp: a decode step's rows spread over the GPU."""
-    search = "cells" if problem.layout.format.key_codebook else "select"
-    return _config(problem, search=search, store="staged", store_bytes=8)
+    return _config(problem)
 
 
 def _seed(problem: Problem) -> Config:
