@@ -108,7 +108,7 @@ def test_entry_points() -> None:
     assert entry_points(default_config(Problem("dequant", 128, 1, "turboquant_seed"))) == ("wph_dequant",)
 
 
-@pytest.mark.parametrize("op", ["decode", "dequant"])
+@pytest.mark.parametrize("op", ["decode", "dequant", "store"])
 def test_shipped_templates_render_formatted(op: str) -> None:
     for cache_format in ("turboquant_4bit_nc", "turboquant_outlier"):
         problem = Problem(op, 256, 4 if op == "decode" else 1, cache_format)

@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 
+import tuner
 from tuner import emulate, geometry
 from tuner.arguments import store_params
 from tuner.build import build
@@ -79,7 +80,7 @@ def launch(config: Config, kv_cache: torch.Tensor, case: StoreCase, seed: int = 
 
 def twin(cache: torch.Tensor) -> torch.Tensor:
     """A copy with the same strides."""
-    storage = torch.empty(0, dtype=cache.dtype).set_(cache.untyped_storage()).clone()
+    storage = torch.empty(0, dtype=cache.dtype, device=cache.device).set_(cache.untyped_storage()).clone()
     return storage.as_strided(cache.shape, cache.stride(), cache.storage_offset())
 
 
@@ -354,6 +355,38 @@ def params_of(case: StoreCase, **changes: object) -> object:
 def test_arguments_are_refused_by_name(message: str, changes: dict[str, torch.Tensor]) -> None:
     with pytest.raises(UsageError, match=message):
         params_of(small_case("turboquant_4bit_nc", 64), **changes)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_gate_on_the_gpu(format_name: str, head_dim: int) -> None:
+    def run(kv_cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, codec: Codec) -> None:
+        constants = {"centroids": codec.centroids, "signs": codec.signs, "channels": codec.channels}
+        tuner.store(kv_cache, key, value, slots, cache_format=format_name, **constants)
+
+    result = check_store(run, Problem("store", head_dim, 1, format_name), device="cuda", level="full")
+    assert result.passed, result.detail
+
+
+@pytest.mark.gpu
+def test_replay_with_other_rows_and_slots_than_at_capture() -> None:
+    problem = Problem("store", 128, 1, "turboquant_3bit_nc")
+    first, later = (store_case(problem, 40, kv_heads=8, seed=seed, device="cuda") for seed in (1, 2))
+    got, want = twin(first.before), twin(first.before)
+    store(want, later.key, later.value, later.slot_mapping, later.codec)
+    inputs = [first.key.clone(), first.value.clone(), first.slot_mapping.clone()]
+    tuner.store(twin(got), *inputs, cache_format="turboquant_3bit_nc")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tuner.store(got, *inputs, cache_format="turboquant_3bit_nc")
+    for old, new in zip(inputs, (later.key, later.value, later.slot_mapping), strict=True):
+        old.copy_(new)
+    graph.replay()
+    assert compare(got, want, replace(later, before=first.before)).fault is None
 
 
 # --- what the compiler makes of it ------------------------------------------------------------------------------------
