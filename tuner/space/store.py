@@ -10,7 +10,7 @@ from tuner.targets import Target
 AXES = (
     Axis("warps", (4, 1, 2, 8, 16), "warps per CTA"),
     Axis("rows", (1, 2, 4, 8), "passes whose loads a warp issues before it uses the first"),
-    Axis("chunks", (1, 2, 4), "groups of 8 channels that a lane holds of a row: the more, the more rows a warp takes at once"),
+    Axis("chunks", (1, 2, 4), "groups of 8 channels that a lane holds of a row; more of them put more rows on a warp"),
     Axis(
         "sides",
         ("together", "turns", "apart"),
