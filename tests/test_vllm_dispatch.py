@@ -7,6 +7,7 @@ import logging
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from tuner.vllm.dispatch import Dispatch
 from tuner.vllm.eligible import LayerFacts, layer_facts, objection
 from tuner.vllm.layer import Layer
 from tuner.vllm.scratch import Scratch
+from tuner.vllm.startup import prepare
 from tuner.vllm.summary import share, summary
 
 ARCH = "sm_90"
@@ -274,3 +276,32 @@ def test_summary_groups_layers_and_says_why(folder: Path) -> None:
     assert lines[1].startswith("1 layer (head dim 128, 32/8 heads, turboquant_4bit_nc): table of NVIDIA H200 (measured")
     assert "60% (batch" in share(table())
     assert len(summary(layers, detail=True)) == 6
+
+
+def engine(layers: dict[str, Layer], **model: object) -> SimpleNamespace:
+    """The part of vLLM's configuration that start-up reads."""
+    return SimpleNamespace(
+        compilation_config=SimpleNamespace(
+            static_forward_context={n: SimpleNamespace(impl=SimpleNamespace(wph_layer=x)) for n, x in layers.items()}
+        ),
+        scheduler_config=SimpleNamespace(max_num_seqs=256),
+        parallel_config=SimpleNamespace(),
+        model_config=SimpleNamespace(max_model_len=4096, dtype=torch.bfloat16, **model),
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: this is what happens without one")
+def test_start_up_says_per_kind_of_layer_what_runs(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    layers = {f"layers.{i}": Layer(layer_facts(arguments(sliding_window=64 * (i % 2)))) for i in range(4)}
+    with caplog.at_level(logging.INFO, "vllm.plugins.wph"):
+        for _ in range(2):
+            prepare([*layers, "a layer of another kind"], engine(layers), torch.device("cuda", 0))
+    said = [r.getMessage() for r in caplog.records if "layers (" in r.getMessage()]
+    assert len(said) == 2 and all(line.startswith("wph: 2 layers (head dim 128") for line in said)
+    assert any("sliding window of 64" in line for line in said)
+
+
+def test_sleep_mode_leaves_everything_to_vllm(folder: Path) -> None:
+    layer = Layer(layer_facts(arguments()))
+    prepare(["layers.0"], engine({"layers.0": layer}, enable_sleep_mode=True), torch.device("cpu"))
+    assert "sleep mode" in (layer.reason or "")

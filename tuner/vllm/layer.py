@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tuner.vllm.scratch import Scratch, scratch_for
 from tuner.vllm.timing import Timings
 
 _REMEMBERED = 2048
+_ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,8 @@ class Layer:
         if dispatch is None or scratch is None or self.reason is not None:
             return None
         order = cache_order(kv_cache)
+        # Layers share choices: only the alignment of a cache matters to them, not where it lies.
+        order = replace(order, address=order.address % _ALIGNMENT)
         longest = self._max_context or block_table.shape[1] * kv_cache.shape[1]
         chosen = dispatch.choose(batch, None if capturing else context or None, longest, order)
         if chosen is None:
