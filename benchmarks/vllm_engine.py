@@ -288,7 +288,7 @@ def launch(engine: Engine, args: argparse.Namespace, checkpoint: Path, tables: P
                 os.killpg(child.pid, signal.SIGKILL)
                 say(f"{engine.key}: killed after {args.timeout} s")
     text = log.read_text(errors="replace") if log.is_file() else ""
-    for line in dict.fromkeys(part for part in text.splitlines() if "wph:" in part and "batch" not in part):
+    for line in dict.fromkeys(part for part in text.splitlines() if "wph:" in part and ": batch " not in part):
         say(f"  {line[line.index('wph:') :]}")
     if not out.is_file():
         say(f"{engine.key}: failed; the log ends with\n" + "\n".join(text.splitlines()[-25:]))

@@ -217,3 +217,19 @@ def test_the_codebook_is_the_one_our_formats_expect() -> None:
             levels = get_centroids(dim, bits).float()
             assert bool((levels[1:] > levels[:-1]).all())
             torch.testing.assert_close(levels, ours, rtol=0, atol=1e-6)
+
+
+def test_the_builder_prepares_the_layers_that_vllm_constructed() -> None:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    config = VllmConfig(device_config=DeviceConfig("cpu"))
+    impl = build(sliding_window=512)
+    config.compilation_config.static_forward_context["layers.3.attn"] = SimpleNamespace(impl=impl)
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=KV_HEADS, head_size=DIM, dtype=torch.bfloat16)
+    # Without a model vLLM's configuration lacks what we read: the builder must come up all the same.
+    builder = backend.WphTurboQuantMetadataBuilder(spec, ["layers.3.attn"], config, torch.device("cpu"))
+    assert builder.reorder_batch_threshold == 1
+    config.model_config = SimpleNamespace(max_model_len=4096, dtype=torch.bfloat16, enable_sleep_mode=False)
+    backend.WphTurboQuantMetadataBuilder(spec, ["layers.3.attn"], config, torch.device("cpu"))
+    assert impl.wph_layer.name == "layers.3.attn"
+    assert "window of 512" in impl.wph_layer.reason
