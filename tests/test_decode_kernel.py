@@ -15,6 +15,7 @@ from tuner.reference import Case, codebook, synthetic_cache
 from tuner.launch import cache_order
 from tuner.render import render
 from tuner.space import Config, Problem, default_config, get_space, seed_config
+from tuner.space.core import Value
 from tuner.space.decode import direct_variant
 from tuner.space.plan import DecodePlan
 from tuner.suits import suited
@@ -24,6 +25,22 @@ SPACE = get_space("decode")
 WARPS = (1, 2, 4, 8, 16)
 GROUPS = (4, 1, 8, 5, 16, 2, 6, 7, 3, 12)
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3}
+
+
+def draw(chooser: random.Random, warps: int) -> dict[str, Value]:
+    """Random axis values, the dependent ones set to what their constraints leave."""
+    values = {a.name: chooser.choice(a.values) for a in SPACE.axes} | {"warps": warps}
+    values["head_warps"] = chooser.choice([h for h in (1, 2, 4, 8) if warps % h == 0])
+    values["dim_warps"] = chooser.choice([d for d in (1, 2, 4) if warps // int(values["head_warps"]) % d == 0])
+    if values["load"] != "cp_async":
+        values["load_bytes"] = 16
+    if values["load"] == "direct":
+        values["stages"] = 1
+    if values["math"] == "mma":
+        values["accumulate"] = "f32"
+    else:
+        values["query"] = "shared"
+    return values
 
 
 @lru_cache(maxsize=1)
@@ -37,13 +54,13 @@ def matrix() -> tuple[Config, ...]:
     chooser = random.Random(0)
     configs = []
     for index, (name, head_dim, warps) in enumerate((f, d, w) for f in FORMATS for d in HEAD_DIMS for w in WARPS):
-        problem = Problem("decode", head_dim, GROUPS[index % len(GROUPS)], name)
-        candidates = []
-        while len(candidates) < 24:
-            values = {a.name: chooser.choice(a.values) for a in SPACE.axes} | {"warps": warps}
-            config = SPACE.config(problem, values)
-            if not SPACE.refusals(config, target):
-                candidates.append(config)
+        candidates: list[Config] = []
+        turn = index
+        while not candidates:  # one warp has no registers for 16 heads of 512 dims: the next group size then
+            problem = Problem("decode", head_dim, GROUPS[turn % len(GROUPS)], name)
+            drawn = (SPACE.config(problem, draw(chooser, warps)) for _ in range(60))
+            candidates = [config for config in drawn if not SPACE.refusals(config, target)]
+            turn += 1
         best = min(candidates, key=lambda c: sum(used.get(pair, 0) for pair in c.params))
         for pair in best.params:
             used[pair] = used.get(pair, 0) + 1

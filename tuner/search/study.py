@@ -128,13 +128,22 @@ class _Search:
         return search
 
     def _enqueue_landmarks(self) -> None:
-        """The default configuration and the seed's layout, unless they were tried or are about to be."""
+        """The default configuration, the seed's layout and what tends to win, unless tried or about to be."""
         from optuna.trial import TrialState
 
-        space = get_space(self.request.problem.op)
+        from tuner.search.constraints import space_for
+
+        problem, target = self.request.problem, self.request.target
+        space = space_for(self.request)
+        axes = {axis.name: axis.values for axis in space.restricted(self.request.restrict).axes}
+        leads = [
+            config
+            for config in space.leads(problem, self.request.shape.kv_heads)
+            if all(value in axes[name] for name, value in config.params) and not space.refusals(config, target)
+        ]
         trials = [t for t in self.study.get_trials(deepcopy=False) if t.state != TrialState.FAIL]
         known = [t.params or t.system_attrs.get("fixed_params") for t in trials]
-        for config in (space.default(self.request.problem), space.seed(self.request.problem)):
+        for config in (space.default(problem), space.seed(problem), *leads):
             params = dict(config.params)
             if params not in known:
                 self.study.enqueue_trial(params)

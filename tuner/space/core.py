@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -109,6 +109,8 @@ class Space:
     """The configuration that must work for every cache and GPU: what runs without a table."""
     seed: Callable[[Problem], Config]
     """The layout of the seed's kernel: four warps, one row or one KV head each."""
+    leads: Callable[[Problem, int], tuple[Config, ...]] = lambda problem, kv_heads: ()
+    """Layouts that tend to win for so many KV heads: a search tries those that are allowed before it samples."""
 
     def axis(self, name: str) -> Axis:
         for axis in self.axes:
@@ -148,7 +150,7 @@ class Space:
         axes = tuple(
             Axis(a.name, tuple(v for v in a.values if v in allowed.get(a.name, a.values)), a.meaning) for a in self.axes
         )
-        return Space(self.op, axes, self.constraints, self.default, self.seed)
+        return replace(self, axes=axes)
 
     def __iter__(self) -> Iterator[dict[str, Value]]:
         names = [a.name for a in self.axes]

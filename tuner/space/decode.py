@@ -148,4 +148,30 @@ def seed_config(problem: Problem) -> Config:
     )
 
 
-DECODE = Space("decode", AXES, CONSTRAINTS, default_config, seed_config)
+def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
+    """What won before, scaled to the problem.
+
+    Large batches: bulk copies of all KV heads, the pair table shared by many warps, tokens divided evenly.
+    Small batches: every SM gets a piece of one head, with many copies in flight.
+    """
+    dims = default_config(problem)["dim_warps"]
+    lookup = "replicated" if problem.layout.format.key_codebook else "table"
+    bulk: dict[str, Value] = {"head_warps": kv_heads, "load": "bulk", "schedule": "stream", "tokens": 16, "lookup": lookup}
+    alone: dict[str, Value] = {"load": "cp_async", "tokens": 16, "stages": 4}
+    wanted = (
+        bulk | {"warps": 16, "dim_warps": dims},
+        bulk | {"warps": 8, "dim_warps": dims},
+        bulk | {"warps": 8, "dim_warps": dims, "min_ctas": 2},
+        bulk | {"warps": 16, "dim_warps": dims, "stages": 3, "tokens": 32},
+        bulk | {"warps": 8, "dim_warps": 2 * dims, "min_ctas": 2},
+        alone | {"warps": 8, "dim_warps": dims, "lookup": lookup},
+        alone | {"warps": 8, "dim_warps": 2 * dims, "tokens": 32, "stages": 2, "lookup": lookup},
+        alone | {"warps": 4, "dim_warps": dims},
+        alone | {"warps": 8, "dim_warps": 2 * dims, "stages": 2},
+        alone | {"warps": 4, "dim_warps": dims, "min_ctas": 2, "schedule": "stream", "lookup": lookup},
+    )
+    allowed = {axis.name: axis.values for axis in AXES}
+    return tuple(_config(problem, **w) for w in wanted if all(v in allowed[n] for n, v in w.items()))
+
+
+DECODE = Space("decode", AXES, CONSTRAINTS, default_config, seed_config, lead_configs)
