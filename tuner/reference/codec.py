@@ -85,7 +85,7 @@ def dequantize_key(data: torch.Tensor, codec: Codec) -> torch.Tensor:
     if layout.format.separate_planes:
         return _decode_seed(data, codec)
     if not layout.format.key_codebook:
-        return data[..., : row.size].contiguous().view(torch.float8_e4m3fn).double()
+        return data[..., : row.size].clone(memory_format=torch.contiguous_format).view(torch.float8_e4m3fn).double()
     rotated = codec.centroids.double()[_indices(data, row)]
     if layout.format.norm_correction:
         rotated = rotated / rotated.norm(dim=-1, keepdim=True)
@@ -128,7 +128,7 @@ def _decode_seed(data: torch.Tensor, codec: Codec) -> torch.Tensor:
     normal = hadamard(padded)[..., : layout.normal] * codec.signs.double() * _fp16_at(data, row.norm_offset)
     if codec.channels is None:
         return normal
-    outliers = data[..., : 2 * row.outliers].contiguous().view(torch.bfloat16).double()
+    outliers = data[..., : 2 * row.outliers].clone(memory_format=torch.contiguous_format).view(torch.bfloat16).double()
     out = torch.empty(*normal.shape[:-1], layout.head_dim, dtype=torch.float64, device=data.device)
     out[..., codec.channels.long()] = torch.cat([normal, outliers], dim=-1)
     return out
@@ -164,4 +164,4 @@ def _fp16_bytes(x: torch.Tensor) -> torch.Tensor:
 def _fp16_at(data: torch.Tensor, offset: int | None) -> torch.Tensor:
     """The fp16 field at byte ``offset``, odd ones too, float64 [..., 1]."""
     assert offset is not None
-    return data[..., offset : offset + 2].contiguous().view(torch.float16).double()
+    return data[..., offset : offset + 2].clone(memory_format=torch.contiguous_format).view(torch.float16).double()
