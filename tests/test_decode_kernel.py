@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -11,8 +12,8 @@ from emulated import emulate_decode, worst_head_error
 
 from tuner.emulate import compile_many
 from tuner.formats import FORMATS, HEAD_DIMS, slot_layout
-from tuner.reference import Case, codebook, synthetic_cache
 from tuner.launch import cache_order
+from tuner.reference import Case, codebook, synthetic_cache
 from tuner.render import render
 from tuner.space import Config, Problem, default_config, get_space, seed_config
 from tuner.space.core import Value
@@ -169,7 +170,7 @@ def test_many_requests_in_the_persistent_queue() -> None:
 def test_peaked_softmax_and_huge_queries() -> None:
     check(DEFAULT, small_case(DEFAULT, (200, 50), peak=8.0))
     case = small_case(DEFAULT, (200, 50))
-    huge = Case(case.query * 2.0**100, case.kv_cache, case.block_table, case.seq_lens, case.scale * 2.0**-100, case.codec)
+    huge = replace(case, query=case.query * 2.0**100, scale=case.scale * 2.0**-100)
     check(DEFAULT, huge)
 
 

@@ -14,9 +14,8 @@ from tuner import sass
 from tuner.build import Built, build
 from tuner.errors import TunerError, UsageError
 from tuner.formats import slot_layout
-from tuner.geometry import resident_ctas as geometry_ctas
 from tuner.geometry import split_candidates
-from tuner.model import busiest, resident_ctas
+from tuner.model import busiest
 from tuner.pipes import cost
 from tuner.predict import hot_loop, memory_limit_us, predict, predict_triton
 from tuner.render import render
@@ -117,7 +116,8 @@ def test_bounds_and_terms(kernels: dict[tuple[Config, str], tuple[Built, sass.Sa
             assert max(terms) <= p.time_us - p.overhead_us - p.reduction_us <= 1.25 * max(terms)
             assert (p.matrix_us > 0) == (config["math"] == "mma")
             assert 0 < p.occupancy <= 1
-            assert p.ctas_per_sm == geometry_ctas(config, registers=built.registers, target=target)
+            shared = DecodePlan(config).shared_bytes
+            assert p.ctas_per_sm == target.resident_ctas(config["warps"], built.registers, shared)
             if not bucket.ragged:
                 assert p.time_us > previous
                 previous = p.time_us
@@ -173,14 +173,6 @@ def test_memory_limit() -> None:
     # 8 requests x 4096 tokens x 8 KV heads x 134 bytes over 4300 GB/s.
     limit = memory_limit_us(SHAPE, LAYOUT, Bucket(8, 4096), H200)
     assert limit == pytest.approx(8 * 4096 * 8 * 134 / 4300e9 * 1e6)
-
-
-def test_residency() -> None:
-    assert resident_ctas(4, 128, 0, H200) == 4  # 65536 registers / (128 x 128)
-    assert resident_ctas(1, 32, 0, H200) == 32  # CTAs
-    assert resident_ctas(16, 32, 0, H200) == 4  # warps
-    assert resident_ctas(1, 32, 100 * 1024, H200) == 2  # shared memory
-    assert resident_ctas(1, 32, 228 * 1024, H200) == 0
 
 
 @settings(max_examples=50, deadline=None)

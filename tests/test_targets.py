@@ -98,3 +98,12 @@ def test_attached_device() -> None:
 def test_import_needs_no_torch() -> None:
     code = "import sys, tuner.targets, tuner.workload, tuner.formats; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_resident_ctas_and_what_limits_them() -> None:
+    target = TARGETS["sm_90"]
+    assert target.resident_ctas(4, 128, 0) == 4  # 65536 registers / (128 x 128)
+    assert target.resident_ctas(1, 32, 0) == 32  # CTAs
+    assert target.resident_ctas(16, 32, 0) == 4  # warps
+    assert target.resident_ctas(1, 32, 100 * 1024) == 2  # shared memory
+    assert target.resident_ctas(1, 32, 228 * 1024) == 0

@@ -1,7 +1,7 @@
 """What a cubin, a 64-bit little-endian ELF file, says about its kernels without a disassembler.
 
-Section names and attribute 0x2f (registers) are what ``cuobjdump -elf`` shows; they are the same for nvcc's and
-Triton's output.
+Section names and attributes 0x2f (registers) and 0x11 (stack) are what ``cuobjdump -elf`` shows; they are the same for
+nvcc's and Triton's output.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.errors import TunerError
+from tuner.targets import RESERVED_SHARED_BYTES
 
-RESERVED_SHARED_BYTES = 1024
-"""What the system keeps of shared memory per CTA (sm_90 and later)."""
 _MAGIC = b"\x7fELF\x02\x01"
 _SYMBOL_TABLE, _NO_BITS = 2, 8
-_REGISTER_COUNT = 0x2F
+_REGISTER_COUNT, _FRAME_SIZE = 0x2F, 0x11
 _SIZED = 4  # format of an attribute whose payload follows its header
+_PAIR_BYTES = 8  # payload of the attributes wanted here: symbol, value
 _ABI_ARCH_SHIFTED = 8  # from this ABI version on, the arch stands in the second byte of the flags
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel: machine code, registers per thread, static shared memory in bytes."""
+    """One kernel: machine code, registers and stack bytes per thread, static shared memory in bytes."""
 
     name: str
     code: bytes
     registers: int
+    stack_bytes: int
     shared_bytes: int
 
 
@@ -82,24 +83,24 @@ def _string(image: bytes, start: int) -> str:
     return image[start : image.index(b"\0", start)].decode()
 
 
-def _registers(image: bytes, sections: list[_Section]) -> dict[str, int]:
-    """Registers by kernel name, from the attributes in ``.nv.info``."""
+def _attributes(image: bytes, sections: list[_Section]) -> dict[tuple[str, int], int]:
+    """Value by kernel name and attribute, of the attributes in ``.nv.info`` that give a kernel a number."""
     by_name = {s.name: s for s in sections}
     info = by_name.get(".nv.info")
     symbols = next((s for s in sections if s.kind == _SYMBOL_TABLE), None)
     if info is None or symbols is None:
         return {}
     strings = sections[symbols.link].offset
-    registers = {}
+    found = {}
     at = info.offset
     while at < info.offset + info.size:
         form, attribute, size = struct.unpack_from("<BBH", image, at)
-        if form == _SIZED and attribute == _REGISTER_COUNT:
-            symbol, count = struct.unpack_from("<II", image, at + 4)
+        if form == _SIZED and size == _PAIR_BYTES:
+            symbol, value = struct.unpack_from("<II", image, at + 4)
             (name,) = struct.unpack_from("<I", image, symbols.offset + 24 * symbol)
-            registers[_string(image, strings + name)] = count
+            found[_string(image, strings + name), attribute] = value
         at += 4 + (size if form == _SIZED else 0)
-    return registers
+    return found
 
 
 def read_cubin(path: Path) -> Cubin:
@@ -108,6 +109,11 @@ def read_cubin(path: Path) -> Cubin:
         image = path.read_bytes()
     except OSError as e:
         raise TunerError(f"cannot read cubin {path}: {e.strerror}") from None
+    return parse_cubin(image, str(path))
+
+
+def parse_cubin(image: bytes, path: str) -> Cubin:
+    """As ``read_cubin`` for the bytes of a file that messages call ``path``."""
     if not image.startswith(_MAGIC):
         raise TunerError(f"{path} is not a cubin: expected a 64-bit ELF file")
     try:
@@ -115,7 +121,7 @@ def read_cubin(path: Path) -> Cubin:
         number = flags >> 8 & 0xFF if image[8] >= _ABI_ARCH_SHIFTED else flags & 0xFF
         sections = _sections(image)
         _check_complete(image, sections)
-        registers = _registers(image, sections)
+        numbers = _attributes(image, sections)
     except (struct.error, LookupError, ValueError):
         raise TunerError(f"{path} is a damaged cubin: build it again") from None
     shared = {
@@ -124,7 +130,13 @@ def read_cubin(path: Path) -> Cubin:
         if s.name.startswith(".nv.shared.")
     }
     kernels = tuple(
-        Kernel(name, image[s.offset : s.offset + s.size], registers.get(name, 0), shared.get(name, 0))
+        Kernel(
+            name,
+            image[s.offset : s.offset + s.size],
+            registers=numbers.get((name, _REGISTER_COUNT), 0),
+            stack_bytes=numbers.get((name, _FRAME_SIZE), 0),
+            shared_bytes=shared.get(name, 0),
+        )
         for s in sections
         if s.name.startswith(".text.") and (name := s.name.removeprefix(".text."))
     )

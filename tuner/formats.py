@@ -13,7 +13,7 @@ Everything is little endian and bit strings are packed from the low bit up.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from tuner.errors import UsageError
 
@@ -191,7 +191,7 @@ def _seed_layout(fmt: CacheFormat, d: int) -> SlotLayout:
     return SlotLayout(fmt, d, block_d, normal, row, row, 0, next_power_of_two(row.size))
 
 
-@lru_cache(maxsize=None)
+@cache
 def slot_layout(format_name: str, head_dim: int) -> SlotLayout:
     """Layout of ``format_name`` at ``head_dim``. Raises UsageError for an unknown format or head dim."""
     fmt = get_format(format_name)

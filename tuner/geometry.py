@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tuner.space.core import Config
 from tuner.space.dequant import shape
-from tuner.space.plan import DecodePlan
+from tuner.space.plan import GROUP_TOKENS, DecodePlan
 from tuner.space.store import shape as store_shape
 from tuner.targets import Target
 
@@ -86,21 +86,6 @@ def decode_scratch(config: Config, *, batch: int, kv_heads: int, splits: int) ->
     return Scratch(slots * kv_heads * config.problem.gqa * per_head, counters)
 
 
-def resident_ctas(config: Config, *, registers: int, target: Target) -> int:
-    """CTAs of ``wph_decode`` that an SM holds at once, at least one."""
-    plan, warps = DecodePlan(config), config["warps"]
-    per_warp = -(-registers * 32 // 256) * 256
-    return max(
-        1,
-        min(
-            target.max_warps // warps,
-            target.max_ctas,
-            target.registers // (per_warp * warps),
-            target.shared_bytes_per_sm // (plan.shared_bytes + 1024),
-        ),
-    )
-
-
 def split_candidates(
     config: Config, *, registers: int, batch: int, kv_heads: int, max_context: int, target: Target
 ) -> tuple[int, ...]:
@@ -110,9 +95,10 @@ def split_candidates(
     more than idling). The grid schedule wants whole waves: the CTAs of all requests and heads together come
     near a multiple of what the GPU holds at once.
     """
-    resident = resident_ctas(config, registers=registers, target=target) * target.sms
+    plan = DecodePlan(config)
+    resident = max(1, target.resident_ctas(config["warps"], registers, plan.shared_bytes)) * target.sms
     heads = _head_groups(config, kv_heads)
-    least = max(1, -(-max_context // (16 * DecodePlan(config).token_warps * DecodePlan(config).tiles)))
+    least = max(1, -(-max_context // (GROUP_TOKENS * plan.token_warps * plan.tiles)))
     if config["schedule"] == "stream":
         full = max(1, resident // heads)
         wanted = [full, max(1, full // 2), max(1, full // 4)]

@@ -15,13 +15,10 @@ import heapq
 from dataclasses import dataclass
 from functools import lru_cache
 
-from tuner.cubin import RESERVED_SHARED_BYTES
 from tuner.errors import UsageError
 from tuner.pipes import SCHEDULERS, Cycles
 from tuner.targets import Target, get_target
 
-VERSION = 1
-"""Of the model: times predicted by different versions do not compare."""
 LATENCY_US = {"sm_90": 0.8, "sm_100": 0.85, "sm_120": 0.65, "sm_121": 0.9}
 """A trip to DRAM under load."""
 _LAUNCH_US = 2.5  # one kernel in a CUDA graph, from start to end of an empty one
@@ -29,7 +26,6 @@ _NEXT_KERNEL_US = 1.5  # each further kernel of the same graph
 _COLD_TRIPS = 3  # dependent trips to memory before the first product: lengths, block table, slots
 _SHARPNESS = 8.0  # exponent of the smoothed maximum: a second term of equal size adds 9%, one of half the size 0.05%
 _MAX_SIMULATED_CTAS = 4096
-_REGISTER_UNIT = 256  # registers are allotted to a warp in units of this many
 
 
 @dataclass(frozen=True)
@@ -71,17 +67,6 @@ class Launch:
     kernels: int
 
 
-def resident_ctas(warps: int, registers: int, shared_bytes: int, target: Target) -> int:
-    """CTAs that an SM holds at once; 0 where one is too much."""
-    per_warp = -(-max(registers, 16) * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
-    return min(
-        target.max_warps // warps,
-        target.max_ctas,
-        target.registers // (per_warp * warps),
-        target.shared_bytes_per_sm // (shared_bytes + RESERVED_SHARED_BYTES),
-    )
-
-
 @lru_cache(maxsize=4096)
 def busiest(ctas: tuple[tuple[int, int], ...], places: int) -> float:
     """Steps of the place that ends last, where CTAs go in order to the place that is free first."""
@@ -102,7 +87,7 @@ def busiest(ctas: tuple[tuple[int, int], ...], places: int) -> float:
 def model(launch: Launch, target: Target) -> Prediction:
     """Time of ``launch`` on ``target``. Raises UsageError where a CTA does not fit, or for an unknown architecture."""
     get_target(target.arch)
-    resident = resident_ctas(launch.warps, launch.registers, launch.shared_bytes, target)
+    resident = target.resident_ctas(launch.warps, launch.registers, launch.shared_bytes)
     if resident < 1:
         raise UsageError(
             f"a CTA of {launch.warps} warps, {launch.registers} registers and {launch.shared_bytes} bytes of shared "

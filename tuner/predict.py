@@ -8,7 +8,7 @@ from tuner.build import Built
 from tuner.errors import TunerError, UsageError
 from tuner.formats import SlotLayout
 from tuner.geometry import decode_geometry
-from tuner.model import LATENCY_US, VERSION, Launch, Prediction, model
+from tuner.model import LATENCY_US, Launch, Prediction, model
 from tuner.pipes import Cycles, cost
 from tuner.sass import Loop, SassFacts, count
 from tuner.space import Config
@@ -17,7 +17,7 @@ from tuner.targets import Target
 from tuner.workload import Bucket, Shape
 from tuner.workload.core import cache_bytes
 
-__all__ = ["VERSION", "Prediction", "hot_loop", "memory_limit_us", "predict", "predict_triton"]
+__all__ = ["Prediction", "hot_loop", "memory_limit_us", "predict", "predict_triton"]
 
 _L2_FACTOR = 2.0
 """Bandwidth of the L2 cache, where partial results stay, over DRAM's."""

@@ -12,6 +12,10 @@ from typing import Any
 
 from tuner.errors import UsageError
 
+RESERVED_SHARED_BYTES = 1024
+"""What the system keeps of shared memory per CTA (sm_90 and later)."""
+_REGISTER_UNIT = 256  # registers are allotted to a warp in units of this many
+_LEAST_REGISTERS = 16  # per thread, however few the kernel names
 _PLAUSIBLE_GBPS = (100.0, 20000.0)  # drivers of integrated memories report nonsense, or nothing
 
 
@@ -44,6 +48,16 @@ class Target:
     @property
     def shared_bytes_per_sm(self) -> int:
         return self.shared_kb_per_sm * 1024
+
+    def resident_ctas(self, warps: int, registers: int, shared_bytes: int) -> int:
+        """CTAs of ``warps`` warps that an SM holds at once, with ``registers`` per thread; 0 where one is too much."""
+        per_warp = -(-max(registers, _LEAST_REGISTERS) * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
+        return min(
+            self.max_warps // warps,
+            self.max_ctas,
+            self.registers // (per_warp * warps),
+            self.shared_bytes_per_sm // (shared_bytes + RESERVED_SHARED_BYTES),
+        )
 
 
 TARGETS: dict[str, Target] = {

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tuner.baselines.cubin import kernel_facts
 from tuner.baselines.inputs import Constants, DequantConstants, TritonConstants, constants_for
 from tuner.baselines.support import interpreted
+from tuner.cubin import parse_cubin
 from tuner.errors import TunerError, UsageError
 from tuner.space.core import Problem
 
@@ -170,7 +170,7 @@ def _compile(unit: _Unit, arch: str, root: Path) -> TritonBinary:
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise TunerError(f"Triton cannot compile {unit.role} for {arch}: {lines[0]}") from error
         cubin: bytes = kernel.asm["cubin"]
-        facts = kernel_facts(cubin, kernel.metadata.name)
+        facts = parse_cubin(cubin, f"what Triton made of {unit.role}").kernel(kernel.metadata.name)
         binary = TritonBinary(
             role=unit.role,
             kernel=kernel.metadata.name,

@@ -45,12 +45,6 @@ def rows(table: Table) -> list[Row]:
     return sorted(found, key=_order)
 
 
-def graph_rows(table: Table) -> list[Row]:
-    """As ``rows`` with the one choice per batch that holds for every context (what a CUDA graph captures)."""
-    found = [_row(table, entry, timing) for entry in table.by_batch for timing in entry.timings]
-    return sorted(found, key=_order)
-
-
 def fastest(baselines_us: Mapping[str, float | None], names: Iterable[str]) -> float | None:
     """The least time among the baselines called ``names``; None where none of them was timed."""
     times = [t for name in names if (t := baselines_us.get(name)) is not None]

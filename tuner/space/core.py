@@ -116,7 +116,8 @@ class Space:
         for axis in self.axes:
             if axis.name == name:
                 return axis
-        raise UsageError(f"unknown axis {name!r} of op {self.op}: expected one of {', '.join(a.name for a in self.axes)}")
+        expected = ", ".join(a.name for a in self.axes)
+        raise UsageError(f"unknown axis {name!r} of op {self.op}: expected one of {expected}")
 
     def config(self, problem: Problem, values: Mapping[str, Value]) -> Config:
         """A configuration from one value per axis, in axis order; raises UsageError for a bad or missing value."""
@@ -146,7 +147,8 @@ class Space:
             bad = [v for v in values if v not in axis.values]
             if bad or not values:
                 expected = ", ".join(map(str, axis.values))
-                raise UsageError(f"axis {name} cannot be {', '.join(map(str, bad)) or 'empty'}: expected one of {expected}")
+                found = ", ".join(map(str, bad)) or "empty"
+                raise UsageError(f"axis {name} cannot be {found}: expected one of {expected}")
         axes = tuple(
             Axis(a.name, tuple(v for v in a.values if v in allowed.get(a.name, a.values)), a.meaning) for a in self.axes
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tuner.space.core import Axis, Config, Constraint, Problem, Space, Value
 from tuner.space.plan import DecodePlan
-from tuner.targets import Target
+from tuner.targets import RESERVED_SHARED_BYTES, Target
 
 AXES = (
     Axis("warps", (4, 1, 2, 8, 16), "warps per CTA"),
@@ -20,7 +20,7 @@ AXES = (
     Axis("accumulate", ("f32", "f16x2"), "type of the innermost sums on CUDA cores"),
     Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
     Axis("reduction", ("last", "kernel"), "splits are added up by the last CTA to arrive or by a second kernel"),
-    Axis("schedule", ("grid", "stream"), "splits per request from the grid, or a persistent grid that shares all tokens evenly"),
+    Axis("schedule", ("grid", "stream"), "splits per request, or a persistent grid that shares all tokens evenly"),
 )
 
 REGISTER_LIMIT = 255
@@ -103,7 +103,7 @@ CONSTRAINTS = (
     Constraint(
         "shared_occupancy",
         "min_ctas CTAs exceed the SM's shared memory (1 KB per CTA is the system's)",
-        lambda c, t: (DecodePlan(c).shared_bytes + 1024) * c["min_ctas"] > t.shared_bytes_per_sm,
+        lambda c, t: (DecodePlan(c).shared_bytes + RESERVED_SHARED_BYTES) * c["min_ctas"] > t.shared_bytes_per_sm,
     ),
     Constraint(
         "registers",
@@ -143,9 +143,8 @@ def seed_config(problem: Problem) -> Config:
     """The seed's layout carried over: four warps, one KV head each, plain loads, levels from shuffles."""
     codebook = problem.layout.format.key_codebook
     dims = default_config(problem)["dim_warps"]
-    return _config(
-        problem, head_warps=4 // dims, dim_warps=dims, load="direct", stages=1, lookup="shuffle" if codebook else "table"
-    )
+    lookup = "shuffle" if codebook else "table"
+    return _config(problem, head_warps=4 // dims, dim_warps=dims, load="direct", stages=1, lookup=lookup)
 
 
 def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
@@ -156,7 +155,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     """
     dims = default_config(problem)["dim_warps"]
     lookup = "replicated" if problem.layout.format.key_codebook else "table"
-    bulk: dict[str, Value] = {"head_warps": kv_heads, "load": "bulk", "schedule": "stream", "tokens": 16, "lookup": lookup}
+    bulk: dict[str, Value] = {"load": "bulk", "head_warps": kv_heads, "schedule": "stream", "tokens": 16}
+    bulk["lookup"] = lookup
     alone: dict[str, Value] = {"load": "cp_async", "tokens": 16, "stages": 4}
     wanted = (
         bulk | {"warps": 16, "dim_warps": dims},

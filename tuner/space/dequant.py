@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tuner.space.core import Axis, Config, Constraint, Problem, Space, Value
-from tuner.targets import Target
+from tuner.targets import RESERVED_SHARED_BYTES, Target
 
 AXES = (
     Axis("warps", (4, 1, 2, 8, 16, 32), "warps per CTA"),
@@ -31,7 +31,6 @@ AXES = (
 
 NAMED_BARRIERS = 15
 _MAX_SLOTS = 512
-_SM_RESERVED_BYTES = 1024  # shared memory that the driver keeps per CTA
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def _shared_short(config: Config, target: Target) -> bool:
     if _row_warps_missing(config, target):
         return False
     needed = shape(config).shared_bytes
-    per_sm = target.shared_bytes_per_sm // config["min_ctas"] - _SM_RESERVED_BYTES
+    per_sm = target.shared_bytes_per_sm // config["min_ctas"] - RESERVED_SHARED_BYTES
     return needed > min(target.shared_bytes_per_cta, per_sm)
 
 

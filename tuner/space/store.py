@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tuner.space.core import Axis, Config, Constraint, Problem, Space, Value
-from tuner.targets import Target
+from tuner.targets import RESERVED_SHARED_BYTES, Target
 
 AXES = (
     Axis("warps", (4, 1, 2, 8, 16), "warps per CTA"),
@@ -30,7 +30,6 @@ AXES = (
 CHUNK = 8
 """Channels of a group: one load of 16 bytes, and whole bytes at every width that indices have."""
 _MIN_LANES = 4  # lanes that share out the words of 3-bit indices
-_SM_RESERVED_BYTES = 1024  # shared memory that the driver keeps per CTA
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def _registers_short(config: Config, target: Target) -> bool:
 
 
 def _shared_short(config: Config, target: Target) -> bool:
-    per_sm = target.shared_bytes_per_sm // config["min_ctas"] - _SM_RESERVED_BYTES
+    per_sm = target.shared_bytes_per_sm // config["min_ctas"] - RESERVED_SHARED_BYTES
     return shape(config).shared_bytes > min(target.shared_bytes_per_cta, per_sm)
 
 
