@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tuner.predict
-import tuner.sass
+from tuner import geometry, model, pipes, sass, targets
+from tuner import predict as prediction
 from tuner.baselines import SHIPPED, Constants, TritonConstants, split_name, tuned_name
 from tuner.errors import TunerError, UsageError
 from tuner.predict import predict, predict_triton
@@ -150,8 +150,8 @@ class PredictedEvaluator:
 
 
 def _model_digest() -> str:
-    """Of the model's own code: times of another version are not comparable."""
+    """Of the model's own code and constants: times of another version are not comparable."""
     state = hashlib.sha256()
-    for module in (tuner.predict, tuner.sass):
+    for module in (prediction, model, pipes, sass, geometry, targets):
         state.update(Path(str(module.__file__)).read_bytes())
     return state.hexdigest()[:16]
