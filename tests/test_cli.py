@@ -26,7 +26,8 @@ Done = subprocess.CompletedProcess[str]
 def tune(*args: object, cwd: Path, timeout: float = 120, **env: str) -> Done:
     """Runs ``python tune.py *args`` in ``cwd``, where build/ and everything else it writes will be."""
     command = [sys.executable, str(TUNE), *map(str, args)]
-    environment = {k: v for k, v in os.environ.items() if k != "VLLM_TUNED_CONFIG_FOLDER"} | env
+    outside = ("VLLM_TUNED_CONFIG_FOLDER", "COLUMNS")  # xdist sets the latter, and tables wrap to it
+    environment = {k: v for k, v in os.environ.items() if k not in outside} | env
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
@@ -145,6 +146,7 @@ def test_version(tmp_path: Path) -> None:
         ("--head-dim 256 --seed -1", ("--seed",)),
         ("--head-dim 256 --gpus 99", ("GPU 99", "not attached")),
         ("--head-dim 256 --no-such-option", ("--no-such-option",)),
+        ("--head-dim 256 --op store", ("--op store", "decode or dequant")),
         ("--head-dim 256 --op dequant --warps 1,4 --no-resume", ("--no-resume", "--seed")),
         ("frobnicate", ("frobnicate", "doctor")),
         ("space --head-dim 100", ("head dim 100",)),
@@ -314,10 +316,11 @@ def test_tables_are_found_in_build_by_default(tmp_path: Path) -> None:
 
 
 def test_space_counts_and_gives_reasons(tmp_path: Path) -> None:
-    done = tune("space", "--head-dim", 128, "--arch", "sm_121", "--op", "dequant", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for word in ("axes", "warps", "constraints", "shared_memory", "left to search"):
-        assert word in done.stdout
+    for op, word in (("decode", "idle_head_warps"), ("dequant", "shared_memory"), ("store", "row_too_wide")):
+        done = tune("space", "--head-dim", 128, "--arch", "sm_121", "--op", op, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        for expected in ("axes", "warps", "constraints", word, "left to search"):
+            assert expected in done.stdout, op
 
 
 def test_doctor_answers_without_a_gpu_and_without_a_compiler(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_restrictions_hold_for_all_but_the_landmarks(tmp_path: Path) -> None:
 
 def test_shape_keeps_out_what_it_cannot_use(tmp_path: Path) -> None:
     request = request_for(tmp_path, shape=Shape(128, 8, 2))
-    space, refused = space_for(request), Counter[str]()
+    space, refused = space_for(PROBLEM.op, request.shape.kv_heads), Counter[str]()
     default, seed = default_config(PROBLEM), seed_config(PROBLEM)
     assert seed["head_warps"] == 4, "a landmark that the shape does not suit"
     assert [c.name for c in space.refusals(seed, TARGET)] == ["idle_head_warps"]

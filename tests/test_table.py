@@ -254,6 +254,15 @@ def test_verify_names_every_problem(stored: Path) -> None:
     assert len(verify(moved)) == 3
 
 
+@pytest.mark.parametrize("device", ["NVIDIA H200", "NVIDIA H200 NVL"])
+def test_a_family_shares_its_tables(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = NAME.replace("NVIDIA_GB10", "NVIDIA_H200")
+    assert make_table(device=Device(device, "sm_90", 132)).file_name == name
+    (tmp_path / name).touch()
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
+    assert find(PROBLEM, device) == tmp_path / name
+
+
 def test_find_prefers_the_users_folder(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(stored.parent))
     assert find(PROBLEM, "NVIDIA GB10") == stored

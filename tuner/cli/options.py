@@ -53,7 +53,9 @@ def problem_options(function: F) -> F:
         click.option(
             "--arch", metavar="ARCH", help="Target, for example sm_90.  [default: the attached GPU's, else sm_121]"
         ),
-        click.option("--op", default="decode", show_default=True, metavar="OP", help="decode or dequant."),
+        click.option(
+            "--op", default="decode", show_default=True, metavar="OP", help="decode or dequant; verb space: store too."
+        ),
         click.option(
             "--gqa", type=int, metavar="N", help="Query heads per KV head.  [default: usual for the head dim]"
         ),
@@ -92,6 +94,14 @@ def problem_of(shape: Shape, op: str, cache_format: str) -> Problem:
     from tuner.space import Problem
 
     return Problem(op, shape.head_dim, shape.gqa if op == "decode" else 1, cache_format)
+
+
+def problems_of(workload: Workload, op: str, cache_format: str) -> dict[Problem, Shape]:
+    """The distinct problems of ``workload`` with a shape of each. Raises UsageError where there is nothing to tune."""
+    shapes = {problem_of(shape, op, cache_format): shape for shape, _ in workload.shapes if not shape.sliding}
+    if not shapes:
+        raise UsageError(f"every layer of {workload.name} has a sliding window, and those keep vLLM's own kernel")
+    return shapes
 
 
 def read_target(arch: str | None, device: int = 0) -> tuple[Target, str]:

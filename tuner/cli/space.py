@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from tuner.cli.options import CONTEXT_SETTINGS, debug_option, problem_of, problem_options, read_target, read_workload
+from tuner.cli.options import CONTEXT_SETTINGS, debug_option, problem_options, problems_of, read_target, read_workload
 from tuner.cli.output import console
 
 
@@ -19,7 +19,7 @@ def command(head_dim: int | None, model: str | None, gqa: int | None, arch: str 
     Example: python tune.py space --head-dim 256 --arch sm_90
     """
     from tuner.report import terminal
-    from tuner.space import get_space
+    from tuner.search.constraints import space_for
     from tuner.space.census import census
     from tuner.targets import get_target
 
@@ -27,8 +27,8 @@ def command(head_dim: int | None, model: str | None, gqa: int | None, arch: str 
     # Naming the architecture needs no look at the machine, which would load torch.
     target = get_target(arch) if arch else read_target(None)[0]
     out = console()
-    for problem in dict.fromkeys(problem_of(shape, what["op"], what["cache_format"]) for shape, _ in workload.shapes):
-        space = get_space(problem.op)
+    for problem, shape in problems_of(workload, what["op"], what["cache_format"]).items():
+        space = space_for(problem.op, shape.kv_heads)
         out.print(terminal.problem_title(problem, target.device_name, target.arch))
         out.print(terminal.axes(space))
         out.print(terminal.constraints(space, census(space, problem, target)))

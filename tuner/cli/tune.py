@@ -14,8 +14,8 @@ from tuner.cli.options import (
     INT_LIST,
     debug_option,
     ensure_writable,
-    problem_of,
     problem_options,
+    problems_of,
     read_target,
     read_workload,
 )
@@ -136,9 +136,9 @@ def read_requests(
     if timeout is not None and not timeout > 0:
         raise UsageError(f"--timeout is {timeout:g}: expected more than 0 seconds")
     get_format(cache_format)
-    shapes = {problem_of(shape, op, cache_format): shape for shape, _ in workload.shapes if not shape.sliding}
-    if not shapes:
-        raise UsageError(f"every layer of {workload.name} has a sliding window, and those keep vLLM's own kernel")
+    if op == "store":
+        raise UsageError("--op store is not searched, its default configuration runs: expected decode or dequant")
+    shapes = problems_of(workload, op, cache_format)
     restrict = {"warps": warps} if warps else {}
     if op == "dequant" and len(warps or ()) > 1 and not resume:
         raise UsageError("--no-resume does not go with a comparison of warp counts: another --seed starts a new one")

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tuner.search.request import TuneRequest
 from tuner.space import get_space
 from tuner.space.core import Config, Constraint, Space
 from tuner.suits import CacheOrder, refusal
 from tuner.targets import Target
 
 
-def space_for(request: TuneRequest) -> Space:
-    """The space of the request's op with the constraints of its shape added."""
-    space = get_space(request.problem.op)
-    if request.problem.op != "decode":
+def space_for(op: str, kv_heads: int) -> Space:
+    """The space of ``op`` with the constraints of a shape with so many KV heads added."""
+    space = get_space(op)
+    if op != "decode":
         return space
-    kv_heads = request.shape.kv_heads
 
     def idle_warps(config: Config, target: Target) -> bool:
         return bool(kv_heads % config["head_warps"])

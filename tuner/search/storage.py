@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from tuner.errors import TunerError, UsageError
 from tuner.search.request import TuneRequest
 from tuner.space import get_space
-from tuner.table.schema import Device
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -92,7 +91,7 @@ def study_name(request: TuneRequest, fingerprint: str) -> str:
         request.seed,
     ]
     digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
-    device = Device(request.target.device_name, "", 0).slug
+    device = request.target.device_name.replace(" ", "_")  # unlike tables, a family's timings do not mix
     return f"{p.op}-d{p.head_dim}-g{p.gqa}-{p.cache_format}-{device}-{request.evidence}-{digest}"
 
 

@@ -107,7 +107,7 @@ class _Search:
         from tuner.search.sampler import FeasibleSampler
         from tuner.search.storage import open_study, recover
 
-        space = space_for(request)
+        space = space_for(request.problem.op, request.shape.kv_heads)
         allowed = space.restricted(request.restrict)
         study = open_study(request, evaluator.fingerprint)
         recover(study)
@@ -133,12 +133,12 @@ class _Search:
 
         from tuner.search.constraints import space_for
 
-        problem, target = self.request.problem, self.request.target
-        space = space_for(self.request)
+        problem, target, kv_heads = self.request.problem, self.request.target, self.request.shape.kv_heads
+        space = space_for(problem.op, kv_heads)
         axes = {axis.name: axis.values for axis in space.restricted(self.request.restrict).axes}
         leads = [
             config
-            for config in space.leads(problem, self.request.shape.kv_heads)
+            for config in space.leads(problem, kv_heads)
             if all(value in axes[name] for name, value in config.params) and not space.refusals(config, target)
         ]
         trials = [t for t in self.study.get_trials(deepcopy=False) if t.state != TrialState.FAIL]

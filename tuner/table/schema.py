@@ -13,6 +13,7 @@ from typing import Any
 
 from tuner.errors import TunerError
 from tuner.space.core import Config, Problem, Value
+from tuner.targets import device_slug
 
 SCHEMA_VERSION = 1
 EVIDENCE = ("measured", "predicted")
@@ -34,8 +35,8 @@ class Device:
 
     @property
     def slug(self) -> str:
-        """``name`` as it stands in file names: anything but letters, digits and ``_.+-`` becomes ``_``."""
-        return _UNSAFE.sub("_", self.name.strip())
+        """``name`` as it stands in file names, where a family shares its tables (``device_slug``)."""
+        return file_slug(self.name)
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,13 @@ def kernel_id(arch: str, cubin_sha256: str) -> str:
 
 def table_file_name(problem: Problem, device_name: str) -> str:
     """``turboquant_decode,head_dim=256,gqa=16,device_name=NVIDIA_GB10,cache_dtype=turboquant_4bit_nc.json``."""
-    slug = Device(device_name, "", 0).slug
-    p = problem
-    return f"turboquant_{p.op},head_dim={p.head_dim},gqa={p.gqa},device_name={slug},cache_dtype={p.cache_format}.json"
+    device, p = file_slug(device_name), problem
+    return f"turboquant_{p.op},head_dim={p.head_dim},gqa={p.gqa},device_name={device},cache_dtype={p.cache_format}.json"
+
+
+def file_slug(device_name: str) -> str:
+    """``device_slug``, safe as part of a file's name whatever a table says: letters, digits, ``_.+-``."""
+    return _UNSAFE.sub("_", device_slug(device_name.strip()))
 
 
 def to_json(table: Table) -> dict[str, Any]:
