@@ -8,6 +8,11 @@ from pathlib import Path
 import pytest
 
 
+def pytest_xdist_auto_num_workers() -> int | None:
+    """One process where there is a GPU, since tests time kernels on it; else None: as many as cores."""
+    return 1 if Path("/dev/nvidiactl").exists() else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
