@@ -153,6 +153,7 @@ def test_version(tmp_path: Path) -> None:
         ("bench --model qwen3-4b --concurrency 0", ("at least 1",)),
         ("explain --batch 0", ("--batch",)),
         ("verify no/such/table.json", ("no/such/table.json",)),
+        ("install --model nope", ("nope", "config.json")),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(args: str, words: tuple[str, ...], tmp_path: Path) -> None:

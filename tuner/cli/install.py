@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tuner.cli.options import CONTEXT_SETTINGS, DEFAULT_FORMAT, debug_option, ensure_writable, read_target
 from tuner.cli.tables import table_paths, tables_argument
+
+if TYPE_CHECKING:
+    from tuner.workload import Workload
 
 
 @click.command("install", context_settings=CONTEXT_SETTINGS)
@@ -33,8 +37,12 @@ def command(
     That is $VLLM_TUNED_CONFIG_FOLDER if it is set, else the folder "tuned" of vLLM's configuration directory
     (~/.config/vllm). A table that is already there is merged: its buckets stay unless the new table has them too.
     """
+    from tuner.formats import get_format
     from tuner.table import install
+    from tuner.workload import load_model
 
+    workload = None if model is None else load_model(model)  # a wrong name is told before anything is written
+    get_format(cache_format)
     folder = install.install_folder()
     if uninstall:
         _uninstall(folder, dry_run)
@@ -50,19 +58,18 @@ def command(
             else ("would write" if dry_run else "wrote")
         )
         click.echo(f"{verb} {step.path} ({step.table.evidence}, {len(step.table.kernels)} kernels)")
-    if model is not None:
-        _model(model, cache_format, folder, dry_run)
+    if workload is not None:
+        _model(workload, cache_format, folder, dry_run)
 
 
-def _model(model: str, cache_format: str, folder: Path, dry_run: bool) -> None:
+def _model(workload: Workload, cache_format: str, folder: Path, dry_run: bool) -> None:
     """Default kernels of the model's layers where there is a compiler, then what vLLM will run for each of them."""
     from tuner.errors import TunerError
     from tuner.vllm.defaults import build_defaults, write
     from tuner.vllm.eligible import LayerFacts, objection
     from tuner.vllm.forecast import forecast
-    from tuner.workload import load_model
 
-    workload, (target, _) = load_model(model), read_target(None)
+    target, _ = read_target(None)
     layers = [
         LayerFacts(s.head_dim, s.q_heads, s.kv_heads, cache_format, 1.0) for s, _ in workload.shapes if not s.sliding
     ]
