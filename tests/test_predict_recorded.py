@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ TABLES = Path(__file__).resolve().parent.parent / "tuner" / "tables"
 MEASURED = sorted(p for p in TABLES.glob("turboquant_decode*.json") if "NVIDIA_H200" in p.name)
 
 
-@lru_cache(maxsize=None)
+@cache
 def recorded(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Measured and predicted times in us of a table's choices, bucket by bucket."""
     table = read(path)
