@@ -144,8 +144,8 @@ def test_hot_loop_is_the_one_over_tokens(kernels: dict[tuple[Config, str], tuple
         loop = hot_loop(facts)
         plan = DecodePlan(config)
         if config["math"] == "mma":
-            products = 2 * plan.tiles * plan.key_steps * plan.head_tiles
-            squares = 2 * plan.tiles * plan.key_steps  # of the norm correction
+            products = 3 * plan.tiles * plan.key_steps * plan.head_tiles  # both halves of the query, and the values
+            squares = 4 * plan.tiles * plan.key_steps  # of the norm correction
             assert sass.count(loop.opcodes, "HMMA") == products + squares
         else:
             assert sass.count(loop.opcodes, "FFMA", "HFMA2", "FMUL") >= plan.slice_dims // 32

@@ -104,7 +104,9 @@ def predict(
         raise UsageError(f"the cubin is for {built.arch}, the target is {target.arch}: build it for {target.arch}")
     plan, problem = DecodePlan(config), config.problem
     loop = hot_loop(sass)
-    work = plan.tiles * plan.key_steps * plan.head_tiles * 2 if config["math"] == "mma" else 0
+    # Matrix instructions of a step: the query's two halves and the values, and four for the squared lengths.
+    per_step = 3 * plan.head_tiles + (4 if problem.layout.format.norm_correction else 0)
+    work = plan.tiles * plan.key_steps * per_step if config["math"] == "mma" else 0
     trips = max(1, round(work / max(1, count(loop.opcodes, "HMMA")))) if work else 1
     step = cost(loop.opcodes, loop.stall_cycles, target).times(trips)
     if problem.layout.format.key_codebook and config["lookup"] == "table":
