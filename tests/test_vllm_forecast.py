@@ -1,0 +1,198 @@
+"""What is said before vLLM serves: the forecast for a model, the doctor's vLLM part, and a layer without a GPU."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_vllm_dispatch import CONFIG, PROBLEM, TARGET, Loaded, dispatch, write_defaults, write_table
+from tuner.errors import TunerError
+from tuner.launch import cache_order
+from tuner.reference import synthetic_cache
+from tuner.space.decode import direct_variant
+from tuner.vllm import diagnose, log, plugin, versions
+from tuner.vllm.defaults import build_defaults, find, read, write
+from tuner.vllm.eligible import LayerFacts
+from tuner.vllm.forecast import BOUNDARY, forecast
+from tuner.vllm.layer import Layer
+from tuner.vllm.scratch import Scratch
+from tuner.vllm.timing import Timings
+from tuner.workload import load_model
+
+FORMAT = PROBLEM.cache_format
+FACTS = LayerFacts(128, 32, 8, FORMAT, 0.1)
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: this is what happens without one")
+without_vllm = pytest.mark.skipif(versions.installed() is not None, reason="vLLM is installed: this is without it")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VLLM_TUNED_CONFIG_FOLDER", str(tmp_path))
+    monkeypatch.setenv("VLLM_CONFIG_ROOT", str(tmp_path / "none"))
+    monkeypatch.setattr(log, "_said", set())
+    return tmp_path
+
+
+def llama(cache_format: str = FORMAT) -> str:
+    """The forecast's line for the one kind of layer that the model has."""
+    (line, boundary) = forecast(load_model("llama-3.1-8b"), cache_format, TARGET)
+    assert boundary == BOUNDARY
+    return line
+
+
+def test_forecast_names_the_table_and_its_share(folder: Path) -> None:
+    path = write_table(folder)
+    assert llama().startswith(
+        f"32 layers (head dim 128, 32/8 heads, {FORMAT}): 2 kernels of {path.name}; measured share"
+    )
+
+
+def test_forecast_names_the_default_kernel(folder: Path) -> None:
+    path = write_defaults(folder)
+    assert llama().endswith(f"default kernel of {path.name}")
+
+
+def test_forecast_says_what_vllm_runs_and_why(folder: Path) -> None:
+    assert "vLLM's kernel: no kernel for cache format turboquant_seed" in llama("turboquant_seed")
+    path = write_table(folder)
+    path.write_text("{")
+    assert "vLLM's kernel: " in llama() and str(path.name) in llama()
+    lines = forecast(load_model("gemma-4-31b"), FORMAT, TARGET)
+    assert any(line.endswith("vLLM's kernel: it has a sliding window") for line in lines)
+
+
+@without_vllm
+def test_the_plugin_steps_aside_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, folder: Path
+) -> None:
+    monkeypatch.delenv("WPH_DISABLE", raising=False)
+    assert "vLLM is not installed" in (plugin.objection() or "")
+    monkeypatch.setenv("WPH_DISABLE", "0")
+    assert "vLLM is not installed" in (plugin.objection() or "")
+    monkeypatch.setenv("WPH_DISABLE", "1")
+    assert plugin.objection() == "WPH_DISABLE is set"
+    with caplog.at_level(logging.INFO, "vllm.plugins.wph"):
+        plugin.register()
+        plugin.register()
+    (message,) = caplog.messages
+    assert "stepping aside" in message and message.endswith("WPH_DISABLE is set")
+
+
+@without_vllm
+@without_gpu
+def test_the_doctor_finds_neither_vllm_nor_gpu_and_says_what_to_do(folder: Path) -> None:
+    found = {name: check() for name, check in diagnose.checks()}
+    assert [f.name for f in found.values()] == list(found)
+    assert not found["vLLM"].ok and versions.SUPPORTED in found["vLLM"].advice
+    assert found["vLLM seam"].detail == "no vLLM to look at"
+    assert found["vLLM kernels"].detail == "no GPU to load them on"
+    assert found["vLLM tables"].detail == f"none in {folder}" and "tune.py" in found["vLLM tables"].advice
+
+
+def test_the_doctor_counts_tables_and_names_broken_ones(folder: Path) -> None:
+    path, prebuilt = write_table(folder), write_defaults(folder)
+    finding = dict(diagnose.checks())["vLLM tables"]()
+    assert finding.ok and finding.detail == f"1 whole in {folder}, and 1 sets of default kernels"
+    prebuilt.unlink()
+    path.write_text(path.read_text()[:-20])
+    finding = dict(diagnose.checks())["vLLM tables"]()
+    assert not finding.ok and path.name in finding.detail and "install" in finding.advice
+
+
+def test_the_doctor_sees_what_hides_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    visible = dict(diagnose.checks())["vLLM plugin"]
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.delenv("WPH_DISABLE", raising=False)
+    if "not installed" in visible().detail:
+        pytest.skip("this package is not pip-installed here, so its entry point does not exist")
+    assert visible().ok
+    monkeypatch.setenv("VLLM_PLUGINS", "another,wph")
+    assert visible().ok
+    monkeypatch.setenv("WPH_DISABLE", "1")
+    assert visible().detail == "WPH_DISABLE is set"
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    assert visible().detail == "VLLM_PLUGINS=another leaves it out"
+
+
+def test_defaults_are_the_default_configuration_and_its_plain_variant(folder: Path, tmp_path: Path) -> None:
+    (made,) = build_defaults([PROBLEM], "sm_90", tmp_path / "build")
+    assert [k.config(PROBLEM) for k in made.kernels] == [CONFIG, direct_variant(CONFIG)]
+    assert all(made.cubins[k.id].startswith(b"\x7fELF") for k in made.kernels)
+    assert find(PROBLEM, "sm_90") is None
+    path = write(made, folder)
+    assert find(PROBLEM, "sm_90") == path
+    assert read(path, PROBLEM, "sm_90") == made
+
+
+@without_gpu
+def test_a_layer_without_a_gpu_hands_every_call_back(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    layer = Layer(FACTS)
+    assert layer.reason is None
+    layer.reserve(8, torch.bfloat16)  # nothing is loaded yet: nothing to make room for
+    assert layer.reason is None
+    with caplog.at_level(logging.WARNING, "vllm.plugins.wph"):
+        layer.prepare(torch.device("cuda", 0), "layers.0", 4096)
+    assert layer.reason == "UsageError: there is no CUDA device 0"
+    assert "vLLM's kernel runs from here on" in caplog.text
+    case = synthetic_cache(PROBLEM.layout, (20,), q_heads=32, kv_heads=8)
+    arguments = (case.query, case.kv_cache, case.block_table, case.seq_lens, case.codec.centroids, 20)
+    assert layer.decode(*arguments) is None
+    fresh = Layer(FACTS)
+    assert fresh.decode(*arguments) is None and fresh.reason is None  # tensors on the CPU say nothing about the layer
+
+
+def test_an_error_in_a_call_ends_our_part_of_the_layer(folder: Path) -> None:
+    layer = Layer(FACTS)
+    none = torch.empty(0)
+    assert layer.decode(None, none, none, none, none, 1) is None  # type: ignore[arg-type]
+    assert layer.reason is not None and layer.reason.startswith("AttributeError")
+
+
+def test_a_launch_is_prepared_for_the_chosen_kernel(folder: Path) -> None:
+    write_table(folder)
+    layer = Layer(FACTS)
+    layer.dispatch, layer._scratch = dispatch(), Scratch(torch.device("cpu"))
+    layer._max_context = 4096
+    layer.reserve(4, torch.bfloat16)
+    assert layer.reason is None
+    case = synthetic_cache(PROBLEM.layout, (20, 700), q_heads=32, kv_heads=8)
+    chosen = layer.dispatch.choose(2, 700, 4096, cache_order(case.kv_cache))
+    assert chosen is not None and isinstance(chosen.kernel, Loaded)
+    out = torch.empty_like(case.query)
+    tensors = (case.query, case.kv_cache, case.block_table, case.seq_lens, out)
+    scratch = (torch.zeros(1 << 20), torch.zeros(1 << 10, dtype=torch.int32))
+    prepared = layer._prepare_launch(chosen, tensors, *scratch, case.codec.centroids)
+    assert prepared.launches[0][0] == "wph_decode"
+    assert (prepared.params.query, prepared.params.out) == (case.query.data_ptr(), out.data_ptr())
+    assert prepared.pointers[0] and prepared.constants[0] is case.codec.centroids
+
+
+def test_timings_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, enabled in (("", False), ("0", False), ("1", True)):
+        monkeypatch.setenv("WPH_TIMING", value)
+        assert Timings.from_environment().enabled is enabled
+    off, on = Timings(False), Timings(True)
+    ran = []
+    with off.call(FACTS, 4, capturing=False):
+        ran.append("off")
+    with on.call(FACTS, 4, capturing=True):  # a replay would repeat the events
+        ran.append("captured")
+    assert ran == ["off", "captured"] and off.report() == on.report() == []
+
+
+def test_timings_are_reported_by_shape_and_batch() -> None:
+    timings = Timings(True)
+    timings._times_us[FACTS.describe(), 8].extend([30.0, 10.0, 20.0])
+    timings._times_us[FACTS.describe(), 1].append(5.0)
+    first, second = timings.report()
+    assert "batch 1: median 5.0 us of 1 calls" in first
+    assert "batch 8: median 20.0 us of 3 calls" in second
+
+
+def test_what_does_not_compile_is_said(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TunerError):
+        build_defaults([PROBLEM], "sm_20", tmp_path)
