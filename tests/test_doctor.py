@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,3 +42,43 @@ def test_unusable_build_folder(tmp_path: Path) -> None:
     found = {f.name: f for f in diagnose(tmp_path / "file" / "build")}
     assert not found["build folder"].ok
     assert "write" in found["build folder"].advice
+
+
+DRIVER = r"""
+#include <cstring>
+extern "C" {
+int cuInit(unsigned) { return INIT; }
+int cuDriverGetVersion(int *version) { *version = 13010; return 0; }
+int cuDeviceGetCount(int *count) { *count = COUNT; return 0; }
+int cuDeviceGetName(char *name, int, int device) { std::strcpy(name, device ? "Second" : "First"); return 0; }
+int cuDeviceGetAttribute(int *value, int attribute, int device) {
+    *value = attribute == 75 ? (device ? 12 : 9) : (device ? 1 : 0);
+    return 0;
+}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("init", "count", "ok", "detail"),
+    [
+        (0, 2, True, "First (sm_90), Second (sm_121), driver for CUDA 13.1"),
+        (0, 0, False, "driver for CUDA 13.1, no device"),
+        (999, 0, False, "the driver does not start (cuInit gives 999)"),
+    ],
+)
+def test_what_the_driver_says_about_gpus(init: int, count: int, ok: bool, detail: str, tmp_path: Path) -> None:
+    """With a library of the driver's name and signatures."""
+    (tmp_path / "driver.cpp").write_text(DRIVER)
+    command = ["g++", "-shared", "-fPIC", f"-DINIT={init}", f"-DCOUNT={count}", "-o", "libcuda.so.1", "driver.cpp"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    code = "from tuner.doctor import _gpu; f = _gpu(); print(f.ok, f.detail, sep='|')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)},
+    )
+    assert done.stdout.strip() == f"{ok}|{detail}"
