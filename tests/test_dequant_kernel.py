@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 import torch
+from odd_caches import restride
 
 from tuner import emulate, geometry
 from tuner.arguments import dequant_params
@@ -178,20 +179,6 @@ def problem_config(format_name: str, head_dim: int, **changes: int | str) -> Con
     return default_config(Problem("dequant", head_dim, 1, format_name)).with_(**changes)
 
 
-def restride(case: Case, *, base: int, head_gap: int = 0, token_gap: int = 0, block_gap: int = 0) -> Case:
-    """The same cache with ``base`` bytes before it and gaps in it; the storage ends with the last slot's last byte."""
-    sizes = case.kv_cache.shape
-    *planes, tokens, heads, slot = sizes[1:]
-    head_stride = slot + head_gap
-    token_stride = heads * head_stride + token_gap
-    plane_stride = tokens * token_stride
-    block_stride = (planes[0] if planes else 1) * plane_stride + block_gap
-    strides = (block_stride, *([plane_stride] if planes else []), token_stride, head_stride, 1)
-    end = base + 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
-    view = torch.full((end,), 0xFF, dtype=torch.uint8).as_strided(sizes, strides, base)
-    return replace(case, kv_cache=view.copy_(case.kv_cache))
-
-
 ODD_PLACES = (
     {"base": 1, "head_gap": 1},
     {"base": 3, "head_gap": 0, "token_gap": 3, "block_gap": 5},
@@ -208,7 +195,7 @@ def test_odd_bases_and_strides(format_name: str) -> None:
     compiled(*configs)
     case = small_case(format_name, 128, kv_heads=3)
     for config, place in zip(configs, ODD_PLACES, strict=True):
-        odd = restride(case, **place)
+        odd = replace(case, kv_cache=restride(case.kv_cache, fill=0xFF, **place))
         check(config, odd, run(config, odd))
 
 
