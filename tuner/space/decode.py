@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tuner.space.core import Axis, Config, Constraint, Problem, Space, Value
 from tuner.space.plan import DecodePlan
-from tuner.targets import RESERVED_SHARED_BYTES, Target
+from tuner.targets import RESERVED_SHARED_BYTES, TARGETS, Target
 
 AXES = (
     Axis("warps", (4, 1, 2, 8, 16), "warps per CTA"),
@@ -130,8 +130,11 @@ def _fewest_slices(problem: Problem, **chosen: Value) -> Config:
 
 
 def default_config(problem: Problem) -> Config:
-    """Four warps on different tokens of one KV head, tensor cores, two stages of asynchronous copies."""
-    return _fewest_slices(problem, tokens=16)
+    """Four warps on different tokens of one KV head, tensor cores, two stages of asynchronous copies where all GPUs
+    have the shared memory for them, else one."""
+    config = _fewest_slices(problem, tokens=16)
+    least = min(target.shared_bytes_per_cta for target in TARGETS.values())
+    return config if DecodePlan(config).shared_bytes <= least else config.with_(stages=1)
 
 
 def direct_variant(config: Config) -> Config:

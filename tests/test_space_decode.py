@@ -1,0 +1,43 @@
+"""The landmarks and leads of ``wph_decode``'s space."""
+
+from __future__ import annotations
+
+import pytest
+
+from tuner.formats import FORMATS, HEAD_DIMS
+from tuner.space import Problem, default_config, get_space, seed_config
+from tuner.space.decode import direct_variant
+from tuner.targets import ARCHS, get_target
+
+SPACE = get_space("decode")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_default_and_its_direct_variant_suit_every_target(name: str, head_dim: int) -> None:
+    for gqa in (1, 5, 8, 16):
+        config = default_config(Problem("decode", head_dim, gqa, name))
+        for arch in ARCHS:
+            for variant in (config, direct_variant(config)):
+                assert [c.name for c in SPACE.refusals(variant, get_target(arch))] == [], variant.describe()
+
+
+def test_seed_landmark_has_four_warps() -> None:
+    assert seed_config(Problem("decode", 256, 8, "turboquant_4bit_nc"))["warps"] == 4
+
+
+@pytest.mark.parametrize(("head_dim", "gqa", "kv_heads"), [(128, 4, 8), (256, 8, 2), (512, 8, 4), (128, 16, 2)])
+def test_leads_are_points_of_the_space_that_serve_small_and_large_batches(
+    head_dim: int, gqa: int, kv_heads: int
+) -> None:
+    leads = SPACE.leads(Problem("decode", head_dim, gqa, "turboquant_4bit_nc"), kv_heads)
+    for config in leads:
+        assert SPACE.validate(config) == config
+        assert config["load"] != "bulk" or config["head_warps"] == kv_heads
+    usable = [c for c in leads if not SPACE.refusals(c, get_target("sm_90"))]
+    assert {c["load"] for c in usable} == {"bulk", "cp_async"}
+
+
+def test_no_lead_where_a_cta_cannot_hold_all_heads() -> None:
+    leads = SPACE.leads(Problem("decode", 128, 1, "turboquant_k8v4"), 32)
+    assert leads and all(c["load"] != "bulk" for c in leads)
