@@ -19,7 +19,7 @@ _PROBE_TIMEOUT_S = 30
 _CUDA_VARIABLES = ("CUDA_HOME", "CUDA_PATH")
 # nvcc adds the contents of these to every command line: a build keyed on our own flags must not see them.
 _FLAG_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
-_PIP_NVCC = "pip install 'cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]==13.0.2'"
+_PIP_NVCC = "pip install 'cuda-toolkit[nvcc,nvvm,crt,cudart,cccl]>=13.0.2,<13.1'"
 
 
 class ToolchainError(TunerError):
