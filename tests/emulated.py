@@ -1,15 +1,22 @@
-"""Runs ``wph_decode`` on the CPU emulator for a reference Case."""
+"""Runs ``wph_decode``, ``wph_dequant`` and ``wph_store`` on the CPU emulator."""
 
 from __future__ import annotations
 
+import shutil
+
+import pytest
 import torch
 
-from tuner.arguments import decode_params
+from tuner.arguments import decode_params, dequant_params, store_params
+from tuner.check_store import StoreCase
 from tuner.emulate import Launch, emulate
 from tuner.geometry import decode_geometry, decode_scratch, reduce_geometry
-from tuner.reference import Case
+from tuner.launch import dequant_launches, store_launches
+from tuner.reference import Case, Codec
 from tuner.render import render
 from tuner.space import Config
+
+needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulated kernels with")
 
 
 def emulate_decode(config: Config, case: Case, splits: int = 2, **options: int) -> torch.Tensor:
@@ -43,6 +50,61 @@ def emulate_decode(config: Config, case: Case, splits: int = 2, **options: int) 
     emulate(render(config), launches, params, tensors, **options)
     assert not counters.any()
     return out
+
+
+def emulate_dequant(
+    config: Config,
+    codec: Codec,
+    kv_cache: torch.Tensor,
+    key_out: torch.Tensor | None,
+    value_out: torch.Tensor | None,
+    *,
+    block_table: torch.Tensor | None = None,
+    seq_lens: torch.Tensor | None = None,
+    dirty: torch.Tensor | None = None,
+    by_block_id: bool = False,
+    **options: int,
+) -> None:
+    """One launch, into the outputs."""
+    params, tensors = dequant_params(
+        kv_cache,
+        block_table,
+        seq_lens,
+        key_out,
+        value_out,
+        cache_format=config.problem.cache_format,
+        head_dim=config.problem.head_dim,
+        centroids=codec.centroids,
+        signs=codec.signs,
+        channels=codec.channels,
+        by_block_id=by_block_id,
+        dirty=dirty,
+    )
+    launches = [
+        Launch(entry, g.grid, g.block, g.shared_bytes)
+        for entry, g in dequant_launches(config, kv_cache, block_table, dirty)
+    ]
+    emulate(render(config), launches, params, tensors, **options)
+
+
+def emulate_store(config: Config, kv_cache: torch.Tensor, case: StoreCase, **options: int) -> None:
+    """One launch, of the case's rows into ``kv_cache``."""
+    codec = case.codec
+    params, tensors = store_params(
+        kv_cache,
+        case.key,
+        case.value,
+        case.slot_mapping,
+        cache_format=config.problem.cache_format,
+        centroids=codec.centroids,
+        signs=codec.signs,
+        channels=codec.channels,
+    )
+    launches = [
+        Launch(entry, g.grid, g.block, g.shared_bytes)
+        for entry, g in store_launches(config, kv_cache, case.slot_mapping)
+    ]
+    emulate(render(config), launches, params, tensors, **options)
 
 
 def worst_head_error(out: torch.Tensor, expected: torch.Tensor) -> float:

@@ -8,7 +8,7 @@ import torch
 def restride(
     cache: torch.Tensor, *, fill: int, base: int, head_gap: int = 0, token_gap: int = 0, block_gap: int = 0
 ) -> torch.Tensor:
-    """``cache`` again, with ``base`` bytes before it and gaps in it, all of value ``fill``; uint8.
+    """``cache`` again, on its device, with ``base`` bytes before it and gaps in it, all of value ``fill``; uint8.
 
     The storage ends with the last slot's last byte.
     """
@@ -20,4 +20,5 @@ def restride(
     block_stride = (planes[0] if planes else 1) * plane_stride + block_gap
     strides = (block_stride, *([plane_stride] if planes else []), token_stride, head_stride, 1)
     end = base + 1 + sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
-    return torch.full((end,), fill, dtype=torch.uint8).as_strided(sizes, strides, base).copy_(cache)
+    storage = torch.full((end,), fill, dtype=torch.uint8, device=cache.device)
+    return storage.as_strided(sizes, strides, base).copy_(cache)

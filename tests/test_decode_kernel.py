@@ -113,7 +113,7 @@ DEFAULT = default_config(Problem("decode", 128, 4, FORMAT))
 PERSISTENT = DEFAULT.with_(schedule="stream", reduction="kernel")
 
 
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128, 4176])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128, 4176, 8320])
 def test_block_sizes(block_size: int) -> None:
     check(DEFAULT, small_case(DEFAULT, (300, 15, 128), block_size=block_size))
 
@@ -187,3 +187,10 @@ def test_two_runs_give_the_same_bits() -> None:
     case = small_case(DEFAULT, (500, 30))
     first = emulate_decode(DEFAULT, case, 5)
     assert torch.equal(first, emulate_decode(DEFAULT, case, 5, seed=3, concurrent_ctas=4))
+
+
+@pytest.mark.parametrize("cache_format", ["turboquant_4bit_nc", "turboquant_3bit_nc"])
+def test_sums_stay_centered_over_many_steps(cache_format: str) -> None:
+    """A long flat softmax: what is left of the values' sum is small beside what the middle index adds to it."""
+    config = default_config(Problem("decode", 128, 4, cache_format))
+    check(config, small_case(config, (1500,), query_dtype=torch.float16), splits=1)

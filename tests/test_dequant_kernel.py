@@ -9,10 +9,10 @@ from functools import cache
 
 import pytest
 import torch
+from emulated import emulate_dequant, needs_gxx
 from odd_caches import restride
 
-from tuner import emulate, geometry
-from tuner.arguments import dequant_params
+from tuner import emulate
 from tuner.build import build
 from tuner.formats import FORMATS, HEAD_DIMS, slot_layout
 from tuner.reference import Case, dequantize, synthetic_cache
@@ -25,8 +25,6 @@ SPACE = get_space("dequant")
 WARPS = (1, 2, 4, 8, 16)
 UNTOUCHED = 0x7FC5
 """A bf16 NaN that no kernel produces."""
-
-needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulated kernels with")
 
 
 def covering_configs(format_name: str, head_dim: int) -> list[Config]:
@@ -79,25 +77,17 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Key and value outputs of one emulated launch; a side that is not asked for stays poisoned."""
     key, value = poisoned_outputs(case, by_block_id, gap)
-    codec = case.codec
-    params, tensors = dequant_params(
+    emulate_dequant(
+        config,
+        case.codec,
         case.kv_cache,
-        case.block_table,
-        case.seq_lens,
         key if "k" in sides else None,
         value if "v" in sides else None,
-        cache_format=case.layout.format.name,
-        head_dim=case.layout.head_dim,
-        centroids=codec.centroids,
-        signs=codec.signs,
-        channels=codec.channels,
+        block_table=case.block_table,
+        seq_lens=case.seq_lens,
         by_block_id=by_block_id,
+        seed=seed,
     )
-    g = geometry.dequant_geometry(
-        config, entries=case.block_table.numel(), block_size=case.block_size, kv_heads=case.kv_heads
-    )
-    launch = emulate.Launch("wph_dequant", g.grid, g.block, g.shared_bytes)
-    emulate.emulate(render(config), launch, params, tensors, seed=seed)
     return key, value
 
 

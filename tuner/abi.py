@@ -60,6 +60,9 @@ DEQUANT_FIELDS: tuple[Field, ...] = (
     ("out_token_stride", c_int64, "elements"),
     ("out_head_stride", c_int64, "elements"),
     ("by_block_id", c_int32, "1: destination block = block id; 0: position in the flattened block table"),
+    ("dirty", "const void", "slots to decode [batch], in place of a block table (max_blocks is 1), or null"),
+    ("dirty_bytes", c_int32, "4 or 8: size of a slot number; negative ones count as none"),
+    ("run_tokens", c_int32, "longest run of adjacent dirty slots that one entry decodes"),
 )
 
 STORE_FIELDS: tuple[Field, ...] = (

@@ -56,12 +56,15 @@ def reduce_geometry(config: Config, *, batch: int, kv_heads: int) -> Geometry:
 
 
 _GRID_Y_MAX = 65535
+DIRTY_RUN_TOKENS = 16
+"""Longest run of adjacent dirty slots that one entry of ``wph_dequant``'s grid decodes: blocks may hold thousands."""
 
 
 def dequant_geometry(config: Config, *, entries: int, block_size: int, kv_heads: int) -> Geometry:
-    """Geometry of ``wph_dequant``; ``entries`` = batch x max_blocks, the cells of the block table.
+    """Geometry of ``wph_dequant``; ``entries`` = batch x max_blocks, the cells of the block table, or dirty slots.
 
-    x counts the CTAs of a block, y and z together the entries (a dimension beyond x holds no more than 65535).
+    ``block_size``: tokens per entry, for dirty slots DIRTY_RUN_TOKENS at most. x counts the CTAs of an entry, y and z
+    together the entries (a dimension beyond x holds no more than 65535).
     """
     s = shape(config)
     ctas = -(-block_size * kv_heads // s.slots)
@@ -75,15 +78,22 @@ def store_geometry(config: Config, *, tokens: int, kv_heads: int) -> Geometry:
     return Geometry((max(1, -(-tokens * kv_heads // s.pairs)), 1, 1), 32 * config["warps"], s.shared_bytes)
 
 
+def dynamic_shared_bytes(config: Config) -> int:
+    """Dynamic shared memory of a CTA of the op's main kernel: what every launch of ``config`` asks for."""
+    if config.problem.op == "decode":
+        return DecodePlan(config).shared_bytes
+    return (shape if config.problem.op == "dequant" else store_shape)(config).shared_bytes
+
+
 def decode_scratch(config: Config, *, batch: int, kv_heads: int, splits: int) -> Scratch:
     """Scratch of ``wph_decode``; counters must be zero before the first launch and are zero after each.
 
     Every slot holds per query head a maximum, a sum and the unnormalised output.
     """
     slots = 2 * splits if config["schedule"] == "stream" else batch * splits
-    per_head = 2 + DecodePlan(config).total_dims
+    rows = slots * kv_heads * config.problem.gqa
     counters = batch * _head_groups(config, kv_heads) if config["reduction"] == "last" else 0
-    return Scratch(slots * kv_heads * config.problem.gqa * per_head, counters)
+    return Scratch(-(-2 * rows // 4) * 4 + rows * DecodePlan(config).partial_row_floats, counters)
 
 
 def split_candidates(

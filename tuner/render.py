@@ -118,8 +118,9 @@ HELPERS: dict[str, Any] = {
 
 
 @lru_cache(maxsize=8)
-def _environment(folder: Path) -> jinja2.Environment:
-    environment = jinja2.Environment(
+def environment(folder: Path) -> jinja2.Environment:
+    """Templates of ``folder``, with HELPERS; a name that is not defined is an error."""
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -127,9 +128,9 @@ def _environment(folder: Path) -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    environment.globals.update(HELPERS)
-    environment.filters.update({n: HELPERS[n] for n in ("log2", "ceil_div", "round_up", "hex", "float")})
-    return environment
+    made.globals.update(HELPERS)
+    made.filters.update({n: HELPERS[n] for n in ("log2", "ceil_div", "round_up", "hex", "float")})
+    return made
 
 
 def format_source(text: str) -> str:
@@ -197,6 +198,12 @@ def _template_line(traceback: TracebackType | None, folder: Path) -> str | None:
     return place
 
 
+def primitives(config: Config) -> str:
+    """The device primitives as they stand in ``render(config).text``, before the arguments' structure."""
+    templates = environment(template_folder().resolve())
+    return format_source(templates.get_template("parts/ptx.cuh.j2").render(_context(config)))
+
+
 def render(config: Config, template_dir: Path | None = None) -> Source:
     """The CUDA source of ``config``, from ``wph_<op>.cu.j2`` (in ``template_dir`` where given).
 
@@ -206,7 +213,7 @@ def render(config: Config, template_dir: Path | None = None) -> Source:
     folder = (template_dir or template_folder()).resolve()
     name = f"wph_{config.problem.op}.cu.j2"
     try:
-        body = _environment(folder).get_template(name).render(_context(config))
+        body = environment(folder).get_template(name).render(_context(config))
     except jinja2.TemplateNotFound as e:
         raise TunerError(f"no template {e.name} in {folder}: expected it there") from None
     except jinja2.TemplateSyntaxError as e:

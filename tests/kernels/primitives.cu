@@ -153,8 +153,7 @@ extern "C" __global__ void last_cta(const __grid_constant__ Counting p) {
     int arrived = 0;
     if (threadIdx.x == 0) {
         p.partials[cta] = v;
-        fence_gpu();
-        arrived = atomic_add(p.counter, 1);
+        arrived = atomic_add_ordered(p.counter, 1);
     }
     if (shuffle(arrived, 0) != ctas - 1) return;
     float sum = 0;

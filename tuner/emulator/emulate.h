@@ -73,7 +73,8 @@ void sync_threads(int id, int threads, const char *name, int line);
 void yield_lane();
 void mma(float *c, const unsigned (&ab)[6], int line);
 unsigned transpose(unsigned v, int line);
-unsigned shared_offset(const void *p, int line);
+unsigned shared_address(const void *p, int line);
+unsigned load_shared(unsigned address, int line);
 void copy_async(void *shared, const void *global, int bytes, int valid, int line);
 void copy_commit();
 void copy_wait(int pending);
@@ -154,11 +155,11 @@ WPH_DEVICE int shuffle_up(int v, int delta, WPH_LINE) {
 }
 WPH_DEVICE bool vote_any(bool v, WPH_LINE) { return wph::ballot(v, "vote_any", line) != 0; }
 WPH_DEVICE unsigned vote_ballot(bool v, WPH_LINE) { return wph::ballot(v, "vote_ballot", line); }
+WPH_DEVICE void trap() { __builtin_trap(); }
 WPH_DEVICE void sync_warp(WPH_LINE) { wph::sync_warp(line); }
 WPH_DEVICE void sync_cta(WPH_LINE) { wph::sync_threads(0, 0, "sync_cta", line); }
 WPH_DEVICE void sync_named(int id, int threads, WPH_LINE) { wph::sync_threads(id, threads, "sync_named", line); }
-WPH_DEVICE void fence_gpu() { wph::yield_lane(); }
-WPH_DEVICE int atomic_add(int *p, int v) {
+WPH_DEVICE int atomic_add_ordered(int *p, int v) {
     wph::yield_lane();
     const int old = *p;
     *p = static_cast<int>(static_cast<unsigned>(old) + static_cast<unsigned>(v));
@@ -205,9 +206,6 @@ WPH_DEVICE void mma_16816(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, 
                           WPH_LINE) {
     wph::mma(c, {a0, a1, a2, a3, b0, b1}, line);
 }
-WPH_DEVICE void mma_1688(float (&c)[4], unsigned a0, unsigned a1, unsigned b, WPH_LINE) {
-    wph::mma(c, {a0, a1, 0, 0, b, 0}, line);
-}
 WPH_DEVICE unsigned movmatrix(unsigned v, WPH_LINE) { return wph::transpose(v, line); }
 
 // --- memory -------------------------------------------------------------------------------------------------------
@@ -215,8 +213,10 @@ template <typename T>
 WPH_DEVICE T load_global(const void *p) { return *static_cast<const T *>(p); }
 template <typename T>
 WPH_DEVICE void store_global(void *p, T v) { *static_cast<T *>(p) = v; }
-WPH_DEVICE float load_l2(const float *p) { return *p; }
-WPH_DEVICE unsigned shared_address(const void *p, WPH_LINE) { return wph::shared_offset(p, line); }
+template <typename T>
+WPH_DEVICE T load_l2(const T *p) { return *p; }
+WPH_DEVICE unsigned shared_address(const void *p, WPH_LINE) { return wph::shared_address(p, line); }
+WPH_DEVICE unsigned load_shared(unsigned address, WPH_LINE) { return wph::load_shared(address, line); }
 template <int BYTES>
 WPH_DEVICE void cp_async(void *shared, const void *global, int valid, WPH_LINE) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");

@@ -84,9 +84,20 @@ void check_global(const void *p, std::size_t bytes, std::size_t alignment, const
     }
 }
 
-unsigned shared_offset(const void *p, int line) {
+// Where a CTA's dynamic shared memory starts on GPUs: the system keeps the first KiB.
+constexpr unsigned shared_start = 1024;
+
+unsigned shared_address(const void *p, int line) {
     check_shared(p, 0, 1, "shared_address", line);
-    return static_cast<unsigned>(static_cast<const unsigned char *>(p) - shared_begin());
+    return shared_start + static_cast<unsigned>(static_cast<const unsigned char *>(p) - shared_begin());
+}
+
+unsigned load_shared(unsigned address, int line) {
+    const unsigned char *from = shared_begin() + (static_cast<long>(address) - shared_start);
+    check_shared(from, 4, 4, "load_shared", line);
+    unsigned v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
 }
 
 void copy_async(void *shared, const void *global, int bytes, int valid, int line) {

@@ -11,7 +11,7 @@ AXES = (
     Axis("head_warps", (1, 2, 4, 8), "KV heads that a CTA handles side by side"),
     Axis("dim_warps", (1, 2, 4), "warps that share a token, each with a slice of the head dim"),
     Axis("math", ("mma", "fma"), "dot products on tensor cores (mma.sync) or on CUDA cores"),
-    Axis("lookup", ("table", "replicated", "prmt", "shuffle"), "how a codebook index becomes a level"),
+    Axis("lookup", ("table", "replicated", "spread", "prmt", "shuffle"), "how a codebook index becomes a level"),
     Axis("load", ("cp_async", "direct", "bulk"), "how slots travel: asynchronous copies, plain loads, bulk copies"),
     Axis("load_bytes", (16, 8, 4), "width of one asynchronous copy"),
     Axis("stages", (2, 1, 3, 4), "steps in flight per warp"),
@@ -69,6 +69,11 @@ CONSTRAINTS = (
         "lookup_needs_codebook",
         "without a codebook every lookup is the same kernel: only the first is kept",
         lambda c, _: not c.problem.layout.format.key_codebook and c["lookup"] != "table",
+    ),
+    Constraint(
+        "spread_bytes",
+        "the spread table is addressed by bytes of two 4-bit indices",
+        lambda c, _: c["lookup"] == "spread" and c.problem.layout.key.bits != 4,
     ),
     Constraint(
         "copy_width",
@@ -157,24 +162,28 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     Small batches: every SM gets a piece of one head, with many copies in flight.
     """
     dims = default_config(problem)["dim_warps"]
-    lookup = "replicated" if problem.layout.format.key_codebook else "table"
-    bulk: dict[str, Value] = {"load": "bulk", "head_warps": kv_heads, "schedule": "stream", "tokens": 16}
-    bulk["lookup"] = lookup
-    alone: dict[str, Value] = {"load": "cp_async", "tokens": 16, "stages": 4}
+    key = problem.layout.key
+    replicated = "replicated" if problem.layout.format.key_codebook else "table"
+    spread = "spread" if problem.layout.format.key_codebook and key.bits == 4 else replicated
+    bulk: dict[str, Value] = {"load": "bulk", "head_warps": kv_heads, "schedule": "stream", "dim_warps": dims}
+    alone: dict[str, Value] = {"load": "cp_async", "tokens": 16, "dim_warps": dims}
     wanted = (
-        bulk | {"warps": 16, "dim_warps": dims},
-        bulk | {"warps": 8, "dim_warps": dims},
-        bulk | {"warps": 8, "dim_warps": dims, "min_ctas": 2},
-        bulk | {"warps": 16, "dim_warps": dims, "stages": 3, "tokens": 32},
-        bulk | {"warps": 8, "dim_warps": 2 * dims, "min_ctas": 2},
-        alone | {"warps": 8, "dim_warps": dims, "lookup": lookup},
-        alone | {"warps": 8, "dim_warps": 2 * dims, "tokens": 32, "stages": 2, "lookup": lookup},
-        alone | {"warps": 4, "dim_warps": dims},
-        alone | {"warps": 8, "dim_warps": 2 * dims, "stages": 2},
-        alone | {"warps": 4, "dim_warps": dims, "min_ctas": 2, "schedule": "stream", "lookup": lookup},
+        bulk | {"warps": 16, "tokens": 32, "lookup": replicated},
+        bulk | {"warps": 8, "tokens": 32, "lookup": spread},
+        alone | {"warps": 8, "stages": 4, "lookup": spread},
+        bulk | {"warps": 16, "lookup": spread},
+        bulk | {"warps": 8, "lookup": spread},
+        alone | {"warps": 16, "stages": 2, "lookup": spread},
+        bulk | {"warps": 8, "tokens": 32, "lookup": replicated},
+        bulk | {"warps": 8, "dim_warps": 2 * dims, "lookup": spread},
+        bulk | {"warps": 8, "stages": 3, "lookup": replicated},
+        alone | {"warps": 8, "dim_warps": 2 * dims, "tokens": 32, "lookup": replicated},
+        bulk | {"warps": 8, "lookup": replicated, "min_ctas": 2},
+        alone | {"warps": 4, "stages": 4},
+        alone | {"warps": 4, "lookup": replicated, "stages": 4, "min_ctas": 2, "schedule": "stream"},
     )
     allowed = {axis.name: axis.values for axis in AXES}
-    return tuple(_config(problem, **w) for w in wanted if all(v in allowed[n] for n, v in w.items()))
+    return tuple(dict.fromkeys(_config(problem, **w) for w in wanted if all(v in allowed[n] for n, v in w.items())))
 
 
 DECODE = Space("decode", AXES, CONSTRAINTS, default_config, seed_config, lead_configs)

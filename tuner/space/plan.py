@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
 from tuner.space.core import Config
+from tuner.targets import RESERVED_SHARED_BYTES
 
 GROUP_TOKENS = 16
 """Tokens of one page that are copied and multiplied together (the M of mma.m16n8k16)."""
@@ -13,6 +15,15 @@ GROUP_TOKENS = 16
 _GRID_FACTOR = {3: 1.2606987953186035, 4: 1.7335957288742065}
 """Per index width, what brings all Lloyd-Max levels of N(0, 1) closest to halves (relative error of the set: 6e-6 for
 3 bits, 2.7e-5 for 4, against 1.7e-4 unscaled). Found by trying every multiple of 2^-24 from 1 to 2."""
+
+_OVERREAD = 16
+"""Bytes past the last stage that reading a row's last word may touch."""
+
+_SMALL_TABLE = 8 * 1024
+"""A lookup table of at most so many bytes takes the first place: others would save next to nothing."""
+
+_LEAST_MERGE_BYTES = 16 * 1024
+"""Shared memory that merging may take where staging is smaller."""
 
 
 def _round_up(n: int, to: int) -> int:
@@ -23,6 +34,20 @@ def _odd_chunks(size: int) -> int:
     """``size`` rounded up to an odd number of 16-byte chunks: rows this far apart start in different bank groups."""
     chunks = -(-size // 16)
     return 16 * (chunks | 1)
+
+
+def _place(sizes: dict[str, int], low: int, room: int, high: int) -> dict[str, int]:
+    """Offsets of regions, 128 bytes aligned, the largest first: from ``low`` up while it is below ``room``, then from
+    ``high`` up. ``end`` is where the last one ends.
+    """
+    offsets = {}
+    for name in sorted(sizes, key=lambda n: -sizes[n]):
+        size = _round_up(sizes[name], 128)
+        if low + size <= room:
+            offsets[name], low = low, low + size
+        else:
+            offsets[name], high = high, high + size
+    return offsets | {"end": high}
 
 
 @dataclass(frozen=True)
@@ -110,13 +135,22 @@ class DecodePlan:
         return self.stage_bytes * self.config["stages"]
 
     @cached_property
+    def lookup_stride(self) -> int:
+        """Bytes between entries of the pair table (every pair of indices to two halves); 0: no table.
+
+        An entry is there once, or once per bank; 256 bytes apart, a byte of two 4-bit indices is byte 1 of its address.
+        """
+        strides = {"table": 4, "replicated": 128, "spread": 256}
+        codebook = self.config.problem.layout.format.key_codebook
+        return strides.get(str(self.config["lookup"]), 0) if codebook else 0
+
+    @cached_property
     def lookup_bytes(self) -> int:
-        """Pair table: every pair of indices to two halves, once or once per bank."""
-        fmt = self.config.problem.layout.format
-        if not fmt.key_codebook or self.config["lookup"] not in ("table", "replicated"):
-            return 0
-        entries = 1 << (2 * fmt.key_bits)
-        return 4 * entries * (32 if self.config["lookup"] == "replicated" else 1)
+        """Size of the pair table, to a multiple of which it is aligned: a power of two."""
+        return self.lookup_stride << (2 * self.config.problem.layout.format.key_bits)
+
+    shared_start = RESERVED_SHARED_BYTES
+    """Shared address of the first byte of dynamic shared memory."""
 
     @cached_property
     def query_bytes(self) -> int:
@@ -132,6 +166,19 @@ class DecodePlan:
         """Codebook levels are multiplied by this before they become halves; the kernel divides it out again."""
         layout = self.config.problem.layout
         return _GRID_FACTOR[layout.key.bits] * layout.block_d**0.5 if layout.format.key_codebook else 1.0
+
+    beginning_steps = 4
+    """Steps that beginning and ending a span are taken to last: a cautious estimate, since 6 were seen at 32 x 4k."""
+
+    @property
+    def centered(self) -> bool:
+        """Sums of indices are centered now and then, because matrix instructions drop bits beside a large sum."""
+        return bool(self.config["math"] == "mma" and not self.config.problem.layout.format.value_codebook)
+
+    @property
+    def sums_squares(self) -> bool:
+        """Squared lengths of keys are added up over lanes by matrix instructions."""
+        return bool(self.config["math"] == "mma" and self.config.problem.layout.format.norm_correction)
 
     @cached_property
     def exchange_floats(self) -> int:
@@ -153,9 +200,33 @@ class DecodePlan:
         return layout.block_d + layout.outliers
 
     @cached_property
-    def merge_bytes(self) -> int:
-        """fp32 result of a CTA's heads, where the warps' partial results are added."""
-        return self.config["head_warps"] * self.config.problem.gqa * self.total_dims * 4
+    def partial_row_floats(self) -> int:
+        """A row of partial sums in global memory, in whole 16 bytes."""
+        return _round_up(self.total_dims, 4)
+
+    @cached_property
+    def merge_pitch(self) -> int:
+        """Floats between rows where the warps' sums meet: rows of four heads start in different banks."""
+        return self.partial_row_floats + 4
+
+    @cached_property
+    def stripe_bytes(self) -> int:
+        """fp32 sums of one token stripe: every query head of the CTA."""
+        return self.config["head_warps"] * self.config.problem.gqa * self.merge_pitch * 4
+
+    @cached_property
+    def merge_stripes(self) -> int:
+        """Token stripes that find room side by side when staging becomes the merge buffer, a power of two."""
+        room = max(self.staging_bytes, _LEAST_MERGE_BYTES)
+        stripes = self.token_warps
+        while stripes > 1 and stripes * self.stripe_bytes > room:
+            stripes //= 2
+        return stripes
+
+    @cached_property
+    def staging_bytes(self) -> int:
+        """All stages of all teams."""
+        return self.teams * self.team_bytes
 
     @cached_property
     def stats_bytes(self) -> int:
@@ -167,24 +238,64 @@ class DecodePlan:
         return 16 * self.teams * self.config["stages"] if self.config["load"] == "bulk" else 0
 
     @cached_property
+    def stage_count(self) -> int:
+        return 0 if self.config["load"] == "direct" else self.teams * self.config["stages"]
+
+    @cached_property
+    def merge_bytes(self) -> int:
+        return self.merge_stripes * self.stripe_bytes
+
+    @cached_property
     def offsets(self) -> dict[str, int]:
-        """Start of each region. Staging is reused for merging once a work item's tokens are consumed."""
-        regions = (
-            ("staging", max(self.teams * self.team_bytes + 16, self.merge_bytes)),
-            ("lookup", self.lookup_bytes),
-            ("query", self.query_bytes),
-            ("multiplier", self.multiplier_bytes),
-            ("exchange", self.exchange_bytes),
-            ("stats", self.stats_bytes),
-            ("barriers", self.barrier_bytes),
-            ("flag", 16),
-        )
-        offsets, at = {}, 0
-        for name, size in regions:
-            offsets[name] = at
-            at += _round_up(size, 128)
-        offsets["end"] = at
-        return offsets
+        """Start of each region. Staging and, right behind it, the query become the merge buffer once a span's tokens
+        are consumed.
+
+        The lookup table must lie at a multiple of its size, so stages and other regions go before and after it, in the
+        way that ends first: stages start at ``staging``, and where they are split, those from ``stages_before`` on at
+        ``staging_after``.
+        """
+        sizes = {
+            "multiplier": self.multiplier_bytes,
+            "exchange": self.exchange_bytes,
+            "stats": self.stats_bytes,
+            "barriers": self.barrier_bytes,
+            "flag": 16,
+            "queue": 16 if self.config["schedule"] == "stream" else 0,
+        }
+        at = -self.shared_start % self.lookup_bytes if self.lookup_bytes else 0
+        best: dict[str, int] | None = None
+        while best is None or at + self.lookup_bytes < best["end"]:
+            fit = min(self.stage_count, at // max(self.stage_bytes, 1))
+            for before, query_before in itertools.product({0, max(fit - 1, 0), fit}, (False, True)):
+                layout = self._layout(sizes, at, before, query_before)
+                if layout and (best is None or layout["end"] < best["end"]):
+                    best = layout
+            if self.lookup_bytes <= _SMALL_TABLE:
+                break
+            at += self.lookup_bytes
+        assert best is not None, "a layout with everything behind the table always exists"
+        return best
+
+    def _layout(self, sizes: dict[str, int], lookup: int, before: int, query_before: bool) -> dict[str, int] | None:
+        """Regions around a table at ``lookup``, with ``before`` stages and perhaps the query in front of it."""
+        after = lookup + self.lookup_bytes
+        stages = [before * self.stage_bytes, (self.stage_count - before) * self.stage_bytes]
+        runs = [_round_up(n + _OVERREAD, 128) if n else 0 for n in stages]
+        query = runs[0] if query_before else after + runs[1]
+        runs[0 if query_before else 1] += _round_up(self.query_bytes, 128)
+        behind = runs[1] >= runs[0]
+        runs[behind] = max(runs[behind], _round_up(self.merge_bytes, 128))
+        if runs[0] > lookup:
+            return None
+        merge = after if behind else 0
+        fixed = {"lookup": lookup, "staging": 0 if before else after, "query": query, "merge": merge}
+        stages_at = {"stages_before": before, "staging_after": after}
+        return _place(sizes, runs[0], lookup, after + runs[1]) | fixed | stages_at
+
+    @property
+    def stages_split(self) -> bool:
+        """Some stages lie before the lookup table, the others behind it."""
+        return 0 < self.offsets["stages_before"] < self.stage_count
 
     @property
     def shared_bytes(self) -> int:
