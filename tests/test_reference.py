@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tuner.formats import FORMATS, HEAD_DIMS, SEED_FORMATS, VLLM_PRESETS, slot_layout
 from tuner.reference import (
@@ -180,6 +181,26 @@ def test_seed_bytes(name: str, head_dim: int) -> None:
         for i, y in enumerate(hadamard(padded).tolist()[: row.coefficients]):
             nearest = min(range(16), key=lambda j, y=y: abs(levels[j] - y))
             assert bits_of(data, 16 * layout.outliers + 4 * i, 4) == nearest
+
+
+def test_nothing_is_divided_by_a_plain_number() -> None:
+    """On a GPU torch turns that into a product with the reciprocal (exact for 2), and ties would move."""
+
+    class Divisions(TorchDispatchMode):
+        divisors: list[object] = []  # noqa: RUF012
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func.overloadpacket is torch.ops.aten.div:
+                self.divisors.append(args[1])
+            return func(*args, **(kwargs or {}))
+
+    codecs = [codec_of(name) for name in FORMATS]
+    with Divisions() as seen:
+        for codec in codecs:
+            quantize_key(rows(64), codec)
+            quantize_value(rows(64), codec)
+    assert len(seen.divisors) > len(FORMATS)
+    assert all(d.dim() > 0 if isinstance(d, torch.Tensor) else d == 2 for d in seen.divisors)
 
 
 def test_fp8_keys_are_the_nearest_e4m3_even_on_ties_saturating() -> None:

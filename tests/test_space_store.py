@@ -39,6 +39,16 @@ def test_landmarks_are_allowed_on_every_gpu(problem: Problem) -> None:
             assert refusals(landmark, arch) == set()
 
 
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p.cache_format}-{p.head_dim}")
+def test_leads_are_distinct_and_allowed(problem: Problem) -> None:
+    leads = SPACE.leads(problem, 8)
+    assert len(set(leads)) == len(leads) >= 5
+    for lead in leads:
+        assert SPACE.validate(lead) == lead
+        assert refusals(lead, "sm_90") == set(), lead.describe()
+    assert {c["store"] for c in leads} == {"direct", "staged"} and {c["sides"] for c in leads} >= {"together", "apart"}
+
+
 @pytest.mark.parametrize(
     ("reason", "changes"),
     [
@@ -88,7 +98,9 @@ def test_shape_covers_a_row_exactly_and_keeps_rows_apart() -> None:
         assert s.row_bytes % 16 == 0 and s.shared_bytes == candidate["warps"] * s.warp_bytes
         if candidate["store"] == "staged":
             assert (s.lead_bytes + layout.key.indices_offset) % 4 == 0
-            end = s.gather_bytes + s.lead_bytes + max(layout.key.size, layout.value.size)
+            assert s.joint == (candidate["sides"] == "together" and not layout.format.separate_planes)
+            written = layout.content_bytes if s.joint else max(layout.key.size, layout.value.size)
+            end = s.gather_bytes + s.lead_bytes + written
             assert end + candidate["store_bytes"] <= s.row_bytes
         assert s.shared_bytes <= get_target("sm_121").shared_bytes_per_cta
 

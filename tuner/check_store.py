@@ -1,12 +1,15 @@
 """The correctness gate of ``wph_store``: the slots that it writes against the reference's, byte by byte.
 
-Caches start full of random bytes, of which only those that carry data of a stored token may change.
+Caches start full of random bytes, of which only those that carry data of a stored token may change. FP8 keys, affine
+values and outliers must agree in every bit: the format fixes their arithmetic. A codebook index may differ by one
+level where fp32 sums can move its coefficient across the midpoint between the two, a norm where they can move it to
+the next half. How far that is, is derived from the arithmetic and checked for every one that differs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,11 +18,18 @@ from torch import Tensor
 
 from tuner.check import CheckResult, Level
 from tuner.formats import RowLayout
-from tuner.reference import Codec, make_cache, store
+from tuner.reference import Codec, coefficients, make_cache, midpoints, store
 from tuner.space import Problem
 
-INDEX_TOLERANCE = 1e-3
-"""Share of the indices that may be one level off: fp32 sums move a coefficient across a midpoint now and then."""
+_UNIT = 2.0**-24
+"""Relative error of one fp32 rounding."""
+_LENGTH_ROUNDINGS = 32
+"""Of a coefficient's own size: what dividing by the length and by sqrt(BLOCK_D) can add up to, in roundings.
+
+The sum of squares takes at most 37 (32 channels of a lane, 5 steps across lanes), its root halves them and adds 1; the
+reciprocal square root is good to 2^-22.9, twice, and is squared; 5 more for the sum with epsilon and the products.
+"""
+_FP16_MAX = 65504.0
 
 StoreRun = Callable[[Tensor, Tensor, Tensor, Tensor, Codec], None]
 """``run(kv_cache, key, value, slot_mapping, codec)``, as reference.store takes them."""
@@ -60,15 +70,34 @@ class StoreCase:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two caches after the same store: ``moved`` of ``indices`` codebook or value indices are one level apart.
+    """Of two caches after the same stores: ``moved`` of ``indices`` codebook indices are one level apart.
 
-    ``fields`` counts norms, scales and zero points that are one fp16 step apart; ``fault`` says what else differs.
+    ``farthest``: of the moved ones, the largest distance from the midpoint over the distance that rounding allows.
+    ``norms`` counts norms that are one fp16 step apart. ``fault`` says what must not differ and does.
     """
 
-    indices: int
-    moved: int
-    fields: int
-    fault: str | None
+    indices: int = 0
+    moved: int = 0
+    farthest: float = 0.0
+    norms: int = 0
+    fault: str | None = None
+
+    def plus(self, other: Difference) -> Difference:
+        """Both together, with the first fault."""
+        return Difference(
+            self.indices + other.indices,
+            self.moved + other.moved,
+            max(self.farthest, other.farthest),
+            self.norms + other.norms,
+            self.fault or other.fault,
+        )
+
+    def describe(self) -> str:
+        if not self.indices:
+            return "every byte equal"
+        share = self.moved / self.indices
+        distance = f", at most {self.farthest:.2f} of the way that rounding allows" if self.moved else ""
+        return f"{self.moved} of {self.indices} indices moved ({share:.1e}{distance}), {self.norms} norms a step off"
 
 
 def store_case(
@@ -85,7 +114,8 @@ def store_case(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> StoreCase:
-    """Random rows with loud channels; among them zeros, a constant and the largest and smallest numbers of ``dtype``.
+    """Random rows with loud channels; among them zeros, constants (whose transform meets the
+    middle midpoint exactly, but for its rounding) and the largest and smallest numbers of ``dtype``.
 
     Slots are shuffled over a cache of random bytes, every seventh is negative. ``gap`` elements lie between the
     heads of ``key`` and ``value``.
@@ -96,10 +126,7 @@ def store_case(
     before = make_cache(layout, blocks, block_size, kv_heads, order=order, padding=padding, generator=generator)
     rows = torch.randn(2, tokens, kv_heads, layout.head_dim + gap, generator=generator)
     rows *= torch.where(torch.rand(rows.shape[-1], generator=generator) < 0.05, 8.0, 1.0)
-    # With random signs, a constant row's transform has coefficients of exactly zero, where the middle midpoint is: the
-    # rounding of the reference's normalised row decides there, so constants are left to the other formats.
-    constant = 1.0 if layout.format.has_signs else 3.5
-    extremes = (0.0, constant, 1e-3, 6e4, 1e-6, 1e30 if dtype == torch.bfloat16 else 6.5e4)
+    extremes = (0.0, 3.5, 1e-3, 6e4, 1e-6, 1e30 if dtype == torch.bfloat16 else 6.5e4)
     for token, factor in zip(range(1, tokens, 3), extremes, strict=False):
         rows[:, token] = factor if factor in (0.0, 3.5) else (rows[:, token] / 8 * factor).clamp(-2e38, 2e38)
     limit = torch.finfo(dtype).max
@@ -120,29 +147,39 @@ def check_store(
     level: Level = "quick",
     kv_heads: int = 2,
 ) -> CheckResult:
-    """Runs ``run`` on the gate's cases and compares all bytes of the cache; ``worst_error``: share of moved indices.
+    """Runs ``run`` on the gate's cases and compares all bytes of the cache.
 
-    Every call is made twice and must give the same bytes. Exceptions of ``run`` pass through.
+    Every call is made twice and must give the same bytes. ``worst_error``: ``Difference.farthest``, 1 being what
+    rounding can do. Exceptions of ``run`` pass through.
     """
-    worst, moved, indices, fields = 0.0, 0, 0, 0
-    cases = _cases(problem, str(device), level, kv_heads)
-    for case, expected in cases:
+    total = tally(run, problem, device=device, level=level, kv_heads=kv_heads)
+    detail = total.fault or f"{len(_CASES[level])} cases, {total.describe()}"
+    return CheckResult(total.fault is None, total.farthest, detail)
+
+
+def tally(
+    run: StoreRun,
+    problem: Problem,
+    *,
+    device: torch.device | str = "cpu",
+    level: Level = "quick",
+    kv_heads: int = 2,
+) -> Difference:
+    """``check_store`` in numbers: the differences of all cases together, up to the first with a fault."""
+    total = Difference()
+    for case, expected in _cases(problem, str(device), level, kv_heads):
         first, again = (_moved(case.before, device) for _ in range(2))
         for cache in (first, again):
             run(cache, case.key, case.value, case.slot_mapping, case.codec)
         difference = compare(first, expected, case)
-        share = difference.moved / max(1, difference.indices)
-        worst, moved, indices = max(worst, share), moved + difference.moved, indices + difference.indices
-        fields += difference.fields
         fault = difference.fault or (None if torch.equal(_bytes(first), _bytes(again)) else "two runs differ")
-        # One index of a small case may move: its share says nothing.
-        if fault is None and difference.moved > max(1.0, INDEX_TOLERANCE * difference.indices):
-            fault = f"{difference.moved} of {difference.indices} indices moved: expected at most 0.1%"
         if fault:
             _cases.cache_clear()  # a kernel that goes wrong may have damaged the inputs
             dtype = str(case.key.dtype).removeprefix("torch.")
-            return CheckResult(False, worst, f"{fault} ({len(case.key)} tokens, {kv_heads} KV heads, {dtype})")
-    return CheckResult(True, worst, f"{len(cases)} cases, {moved} of {indices} indices and {fields} fields a step off")
+            where = f"{fault} ({len(case.key)} tokens, {kv_heads} KV heads, {dtype})"
+            return total.plus(replace(difference, fault=where))
+        total = total.plus(difference)
+    return total
 
 
 def compare(got: Tensor, want: Tensor, case: StoreCase) -> Difference:
@@ -150,34 +187,79 @@ def compare(got: Tensor, want: Tensor, case: StoreCase) -> Difference:
     layout = case.codec.layout
     planes = layout.format.separate_planes
     block_size = want.shape[-3]
-    slots = case.slot_mapping[case.slot_mapping >= 0].long()
+    stored = case.slot_mapping >= 0
+    slots = case.slot_mapping[stored].long()
     at = slots // block_size, slots % block_size
     rest = _moved(want, want.device)
-    moved = indices = fields = 0
-    fault = None
-    for plane, (side, row) in enumerate((("key", layout.key), ("value", layout.value))):
+    total = Difference()
+    for plane, (side, row, rows) in enumerate((("key", layout.key, case.key), ("value", layout.value, case.value))):
         start = 0 if planes or not plane else layout.value_offset
         part = slice(start, start + row.size)
         ours, theirs, patched = ((c[:, plane] if planes else c)[..., part] for c in (got, want, rest))
         a, b = ours[at], theirs[at]
-        steps = (_indices(a, row) - _indices(b, row)).abs()
-        exact = side == "key" and not layout.format.key_codebook
-        indices += 0 if exact else steps.numel()
-        moved += int((steps != 0).sum())
-        if bool((steps > 1).any()) or (exact and bool(steps.any())):
-            fault = fault or f"{side}: an index is {int(steps.max())} levels off"
-        for offset in (row.norm_offset, row.scale_offset, row.zero_offset):
-            if offset is not None:
-                distance = (_ordered(a, offset) - _ordered(b, offset)).abs()
-                fields += int((distance != 0).sum())
-                if bool((distance > 1).any()):
-                    fault = fault or f"{side}: the field at byte {offset} is {int(distance.max())} steps of fp16 off"
-        if not torch.equal(a[..., : 2 * row.outliers], b[..., : 2 * row.outliers]):
-            fault = fault or f"{side}: outliers are not exact"
+        if row.norm_offset is None:
+            wrong = int((a != b).any(-1).sum())
+            fault = f"{side}: {wrong} rows differ, whose bytes the format fixes" if wrong else None
+            total = total.plus(Difference(fault=fault))
+        else:
+            total = total.plus(_compare_coded(side, row, a, b, rows[: len(stored)][stored], case.codec))
         patched[at] = a
     if not torch.equal(_bytes(got), _bytes(rest)):
-        fault = fault or "bytes that carry no data of a stored token were written"
-    return Difference(indices, moved, fields, fault)
+        total = total.plus(Difference(fault="bytes that carry no data of a stored token were written"))
+    return total
+
+
+def _compare_coded(side: str, row: RowLayout, a: Tensor, b: Tensor, rows: Tensor, codec: Codec) -> Difference:
+    """Rows ``a`` against the reference's ``b``, uint8 [n, Hk, size], both coded from ``rows`` [n, Hk, D]."""
+    ours, theirs = _indices(a, row), _indices(b, row)
+    steps = ours - theirs
+    where = steps.nonzero(as_tuple=True)
+    norms = _ordered(a, row.norm_offset) - _ordered(b, row.norm_offset)
+    other = norms.nonzero(as_tuple=True)
+    found = Difference(steps[..., : row.coefficients].numel(), len(where[0]), norms=len(other[0]))
+    if not torch.equal(a[..., : 2 * row.outliers], b[..., : 2 * row.outliers]):
+        return replace(found, fault=f"{side}: outliers are not exact")
+    if not found.moved and not found.norms:
+        return found
+    farthest = int(steps.abs().max())
+    if farthest > 1:
+        return replace(found, fault=f"{side}: an index is {farthest} levels off")
+    if bool((where[-1] >= row.coefficients).any()):
+        return replace(found, fault=f"{side}: bits beyond the last index are not zero")
+    y, norm = coefficients(rows, codec)
+    middle = midpoints(codec.centroids).double()[torch.minimum(ours, theirs)[where]]
+    allowed = allowed_distance(y, norm, rows, codec)[where]
+    shares = torch.where(allowed > 0, (y[where] - middle).abs() / allowed, torch.inf)
+    found = replace(found, farthest=float(shares.max()) if found.moved else 0.0)
+    if found.farthest > 1:
+        moved = f"{int((shares > 1).sum())} indices moved"
+        return replace(found, fault=f"{side}: {moved}, up to {found.farthest:.3g} x as far as rounding can")
+    if not bool(_may_round_to(norm[..., 0], _ordered(a, row.norm_offset))[other].all()):
+        return replace(found, fault=f"{side}: a norm is further off than rounding can bring it")
+    return found
+
+
+def allowed_distance(y: Tensor, norm: Tensor, rows: Tensor, codec: Codec) -> Tensor:
+    """How far fp32 arithmetic in any order can move each of the coefficients ``y`` of ``rows``, to first order.
+
+    ``y`` [n, Hk, block_d] and ``norm`` as ``coefficients`` gives them. Each of the transform's log2(block_d) stages
+    adds numbers of at most the channels' absolute sum and rounds once.
+    """
+    layout = codec.layout
+    x = rows.double().abs()
+    if codec.channels is not None:
+        x = x[..., codec.channels.long()[: layout.normal]]
+    stages = layout.block_d.bit_length() - 1
+    sums = x.sum(-1, keepdim=True) / (norm.clamp_min(torch.finfo(torch.float64).tiny) * layout.block_d**0.5)
+    return _UNIT * (stages * sums + _LENGTH_ROUNDINGS * y.abs())
+
+
+def _may_round_to(norm: Tensor, got: Tensor) -> Tensor:
+    """Whether fp32 arithmetic can make the halves ``got`` (``_ordered``) of the exact ``norm``, elementwise."""
+    slack = _LENGTH_ROUNDINGS * _UNIT
+    low, high = ((norm * f).clamp_max(_FP16_MAX).float().half() for f in (1 - slack, 1 + slack))
+    steps = [h.contiguous().view(torch.int16).long() for h in (low, high)]
+    return (steps[0] <= got) & (got <= steps[1])
 
 
 @lru_cache(maxsize=8)
@@ -199,8 +281,9 @@ def _indices(data: Tensor, row: RowLayout) -> Tensor:
     return (string << torch.arange(row.bits, dtype=torch.uint8, device=data.device)).sum(-1, dtype=torch.int64)
 
 
-def _ordered(data: Tensor, offset: int) -> Tensor:
+def _ordered(data: Tensor, offset: int | None) -> Tensor:
     """The fp16 field at byte ``offset`` as a number that counts fp16's steps; both zeros are 0."""
+    assert offset is not None
     bits = data[..., offset].long() | data[..., offset + 1].long() << 8
     return torch.where(bits >= 0x8000, 0x8000 - bits, bits)
 

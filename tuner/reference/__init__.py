@@ -6,7 +6,7 @@ quantisation of values, FP8 keys, bf16 outliers) is rounded as they say. Any dev
 
 from tuner.reference.attention import attend, dequantize, store
 from tuner.reference.cases import Case, bulk_cache, bulk_case, make_cache, synthetic_cache
-from tuner.reference.codec import Codec, dequantize_key, dequantize_value, quantize_key, quantize_value
+from tuner.reference.codec import Codec, coefficients, dequantize_key, dequantize_value, quantize_key, quantize_value
 from tuner.reference.lloyd_max import codebook, midpoints
 from tuner.reference.rotation import hadamard, outlier_channels, rotation_signs
 
@@ -17,6 +17,7 @@ __all__ = [
     "bulk_cache",
     "bulk_case",
     "codebook",
+    "coefficients",
     "dequantize",
     "dequantize_key",
     "dequantize_value",

@@ -57,10 +57,8 @@ def quantize_key(x: torch.Tensor, codec: Codec) -> torch.Tensor:
         return _encode_seed(x, codec)
     if not layout.format.key_codebook:
         return x.float().clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
-    x = x.double()
-    norm = x.norm(dim=-1, keepdim=True)
-    indices = _nearest(hadamard(x / (norm + _NORM_EPS)), codec)
-    return torch.cat([_pack(indices, layout.key.bits), _fp16_bytes(norm)], dim=-1)
+    y, norm = coefficients(x, codec)
+    return torch.cat([_pack(_nearest(y, codec), layout.key.bits), _fp16_bytes(norm)], dim=-1)
 
 
 def quantize_value(x: torch.Tensor, codec: Codec) -> torch.Tensor:
@@ -72,7 +70,8 @@ def quantize_value(x: torch.Tensor, codec: Codec) -> torch.Tensor:
     x = x.float()
     top = 2**layout.value.bits - 1
     zero = x.amin(-1, keepdim=True)
-    scale = (x.amax(-1, keepdim=True) - zero) / top
+    # A divisor that is a number, torch replaces on a GPU by a product with its reciprocal, and ties move.
+    scale = (x.amax(-1, keepdim=True) - zero) / torch.full_like(zero, top)
     scale = torch.where(scale > _MIN_SCALE, scale, _MIN_SCALE)
     indices = ((x - zero) / scale + 0.5).floor().clamp(0, top).nan_to_num().to(torch.uint8)
     return torch.cat([_pack(indices, layout.value.bits), _fp16_bytes(scale), _fp16_bytes(zero)], dim=-1)
@@ -101,21 +100,34 @@ def dequantize_value(data: torch.Tensor, codec: Codec) -> torch.Tensor:
     return _indices(data, row) * _fp16_at(data, row.scale_offset) + _fp16_at(data, row.zero_offset)
 
 
+def coefficients(x: torch.Tensor, codec: Codec) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a row [..., D] of a format with a codebook is coded from, before any rounding, float64.
+
+    The rotated vector of length one, [..., layout.block_d], and the length [..., 1] of what was rotated.
+    """
+    layout = codec.layout
+    x = x.double()
+    if not layout.format.separate_planes:
+        norm = x.norm(dim=-1, keepdim=True)
+        return hadamard(x / (norm + _NORM_EPS)), norm
+    assert codec.signs is not None
+    if codec.channels is not None:
+        x = x[..., codec.channels.long()[: layout.normal]]
+    norm = (x.square().sum(-1, keepdim=True) + _SEED_NORM_EPS).sqrt()
+    padded = torch.nn.functional.pad(x / norm * codec.signs.double(), (0, layout.block_d - layout.normal))
+    return hadamard(padded), norm
+
+
 def _encode_seed(x: torch.Tensor, codec: Codec) -> torch.Tensor:
     """One vector of the seed's formats: outliers in bf16, the rest normalised, signed, rotated, coded."""
     layout = codec.layout
     row = layout.key
-    assert codec.signs is not None
     parts = []
-    x = x.double()
     if codec.channels is not None:
-        ids = codec.channels.long()
-        outliers = x[..., ids[layout.normal :]].float().bfloat16()
+        outliers = x[..., codec.channels.long()[layout.normal :]].float().bfloat16()
         parts.append(outliers.contiguous().view(torch.uint8))
-        x = x[..., ids[: layout.normal]]
-    norm = (x.square().sum(-1, keepdim=True) + _SEED_NORM_EPS).sqrt()
-    padded = torch.nn.functional.pad(x / norm * codec.signs.double(), (0, layout.block_d - layout.normal))
-    indices = _nearest(hadamard(padded), codec)[..., : row.coefficients]
+    y, norm = coefficients(x, codec)
+    indices = _nearest(y, codec)[..., : row.coefficients]
     return torch.cat([*parts, _pack(indices, row.bits), _fp16_bytes(norm)], dim=-1)
 
 

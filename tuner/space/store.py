@@ -39,7 +39,8 @@ class Shape:
     A warp holds ``rows_per_pass`` rows at a time, each on ``lanes`` lanes. ``row_warps`` warps work on different
     (token, head) pairs, of which a CTA covers ``pairs``. A warp has ``warp_bytes`` of shared memory; of these every
     row takes ``row_bytes``: ``gather_bytes`` of input, where outliers are picked out of it, then the row to be written
-    as it arrives in memory but for ``lead_bytes`` before it that bring the indices to a word's boundary.
+    as it arrives in memory but for ``lead_bytes`` before it that bring the indices to a word's boundary. ``joint``: a
+    pair's key and value are put together there and written as one, the whole slot.
     """
 
     lanes: int
@@ -51,6 +52,7 @@ class Shape:
     row_bytes: int
     warp_bytes: int
     shared_bytes: int
+    joint: bool
 
 
 def shape(config: Config) -> Shape:
@@ -62,9 +64,10 @@ def shape(config: Config) -> Shape:
     gather = 2 * layout.head_dim if layout.outliers else 0
     lead = -layout.key.indices_offset % 4
     staged = 0
+    joint = config["store"] == "staged" and config["sides"] == "together" and not layout.format.separate_planes
     if config["store"] == "staged":
         # A unit at the row's end is put together from words that begin up to one unit beyond it.
-        size = lead + max(layout.key.size, layout.value.size)
+        size = lead + (layout.content_bytes if joint else max(layout.key.size, layout.value.size))
         staged = -(-(size + config["store_bytes"] + 4) // 16) * 16
     row_bytes = gather + staged
     return Shape(
@@ -77,6 +80,7 @@ def shape(config: Config) -> Shape:
         row_bytes=row_bytes,
         warp_bytes=row_bytes * rows_per_pass,
         shared_bytes=row_bytes * rows_per_pass * warps,
+        joint=joint,
     )
 
 
@@ -152,4 +156,22 @@ def _seed(problem: Problem) -> Config:
     return _config(problem, sides="turns", search="chain" if problem.layout.format.key_codebook else "select")
 
 
-STORE = Space("store", AXES, CONSTRAINTS, _default, _seed)
+def _leads(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
+    """For chunks of a prompt: wide rows per lane, slots written in whole units. For few tokens: more, shorter warps."""
+    layout = problem.layout
+    search = "cells" if layout.format.key_codebook else "select"
+    wide = min(4, 2 * _config(problem)["chunks"])
+    widest = min(4, layout.block_d // (CHUNK * _MIN_LANES))
+    staged: dict[str, Value] = {"search": search, "store": "staged", "store_bytes": 16}
+    return (
+        _config(problem, chunks=wide, rows=2, **staged),
+        _config(problem, chunks=widest, rows=1, **staged),
+        _config(problem, chunks=widest, rows=2, warps=8, **staged | {"sides": "turns"}),
+        _config(problem, rows=2, **staged),
+        _config(problem, sides="apart", search=search),
+        _config(problem, sides="apart", warps=8, **staged),
+        _config(problem, search=search),
+    )
+
+
+STORE = Space("store", AXES, CONSTRAINTS, _default, _seed, _leads)
