@@ -123,6 +123,11 @@ def test_bad_arguments(name: str) -> None:
         decode(case, **changes)
 
 
+def test_partials_are_aligned() -> None:
+    with pytest.raises(UsageError, match=r"partials start off a multiple of 16 bytes"):
+        decode(make_case(), partials=torch.empty(11)[1:])
+
+
 def test_missing_layer_constants() -> None:
     case = make_case("turboquant_outlier")
     with pytest.raises(UsageError, match="signs is missing: turboquant_outlier needs 55"):

@@ -91,12 +91,14 @@ def decode_attention(
 
 def dequantize(
     kv_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
+    block_table: Tensor | None = None,
+    seq_lens: Tensor | None = None,
     *,
     cache_format: str,
     head_dim: int,
     which: str = "both",
+    by_block_id: bool = False,
+    dirty: Tensor | None = None,
     centroids: Tensor | None = None,
     signs: Tensor | None = None,
     channels: Tensor | None = None,
@@ -107,22 +109,35 @@ def dequantize(
 
     Rows past a request's length are not written. ``which``: "both", "key" or "value", the other is None. ``out``: the
     tensors to write to, instead of new ones. Everything else as in decode_attention().
+
+    ``by_block_id``: the outputs are images of the cache, [blocks, block_size, Hk, D], a block at its id. ``dirty``
+    brings such an image (``out``) up to date: the slots int32 or int64 [N] that were written since, negative ones
+    skipped, which is what store() was given as slot_mapping. Only those rows are decoded and written, so the image
+    equals a full decode of every row that was ever listed, also where another request reuses a block. There is no
+    block table then: the kernel groups adjacent slots itself, from device memory, so a captured graph replays with
+    other slots, lengths and requests.
     """
     if which not in ("both", "key", "value"):
         raise UsageError(f"which is {which!r}: expected 'both', 'key' or 'value'")
     device = _cuda_index(kv_cache)
-    if kv_cache.dim() < 4 or block_table.dim() != 2:
+    if kv_cache.dim() < 4 or (block_table is not None and block_table.dim() != 2):
         raise UsageError("expected kv_cache with 4 or 5 dimensions and block_table [B, max_blocks]")
-    block_size, kv_heads = kv_cache.shape[-3], kv_cache.shape[-2]
-    batch, max_blocks = block_table.shape
+    if dirty is not None and out is None:
+        raise UsageError("dirty is given without out: expected the tensors that it brings up to date")
+    if dirty is None and block_table is None:
+        raise UsageError("block_table is None: expected [B, max_blocks], or dirty in its place")
     problem = Problem("dequant", head_dim, 1, cache_format)
     chosen: Selection | None = None
     if tables is not None:
-        chosen = tables.select(problem, batch=batch, kv_heads=kv_heads)
+        requests = dirty if dirty is not None else block_table
+        assert requests is not None
+        chosen = tables.select(problem, batch=requests.shape[0], kv_heads=kv_cache.shape[-2])
     if chosen is None:
         chosen = default_dequant(problem, device)
-    shape = (batch * max_blocks, block_size, kv_heads, head_dim)
     if out is None:
+        assert block_table is not None
+        blocks = kv_cache.shape[0] if by_block_id else block_table.numel()
+        shape = (blocks, *kv_cache.shape[-3:-1], head_dim)
         key, value = (
             torch.empty(shape, dtype=torch.bfloat16, device=kv_cache.device) if which in ("both", name) else None
             for name in ("key", "value")
@@ -130,7 +145,9 @@ def dequantize(
     else:
         key, value = out
     codec = _codec(problem.layout, kv_cache.device, centroids, signs, channels)
-    DequantCall(chosen.kernel, kv_cache, block_table, seq_lens, key, value, codec=codec)()
+    DequantCall(
+        chosen.kernel, kv_cache, block_table, seq_lens, key, value, codec=codec, by_block_id=by_block_id, dirty=dirty
+    )()
     return key, value
 
 

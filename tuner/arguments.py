@@ -15,6 +15,7 @@ from torch import Tensor
 from tuner.abi import DecodeParams, DequantParams, StoreParams
 from tuner.errors import UsageError
 from tuner.formats import SlotLayout, slot_layout
+from tuner.geometry import DIRTY_RUN_TOKENS
 
 
 def decode_params(
@@ -38,7 +39,8 @@ def decode_params(
     ``query``, ``out``: [B, Hq, D] bf16 or fp16, any strides but the last. ``kv_cache``: uint8
     [blocks, block_size, Hk, slot] or, for formats with separate planes, [blocks, 2, block_size, Hk, slot], any strides
     but the last. ``block_table``: int32 or int64 [B, max_blocks], ``stride(0)`` may be 0. ``seq_lens``: int32 [B].
-    ``partials`` fp32 and ``counters`` int32 (zero): sizes as ``geometry.decode_scratch`` says. Raises UsageError.
+    ``partials`` fp32, 16-byte aligned, and ``counters`` int32 (zero): sizes as ``geometry.decode_scratch`` says.
+    Raises UsageError.
     """
     _expect("query", query, 3, (torch.bfloat16, torch.float16))
     _expect("out", out, 3, (query.dtype,))
@@ -47,6 +49,8 @@ def decode_params(
     batch, q_heads, head_dim = query.shape
     layout = slot_layout(cache_format, head_dim)
     _expect("partials", partials, 1, (torch.float32,))
+    if partials.data_ptr() % 16:
+        raise UsageError("partials start off a multiple of 16 bytes: expected a whole allocation or an aligned part")
     _expect("counters", counters, 1, (torch.int32,))
     tensors = {"query": query, "out": out, "partials": partials, "counters": counters}
     fields = _cache_fields(layout, kv_cache, block_table, seq_lens, tensors)
@@ -73,8 +77,8 @@ def decode_params(
 
 def dequant_params(
     kv_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
+    block_table: Tensor | None,
+    seq_lens: Tensor | None,
     key_out: Tensor | None,
     value_out: Tensor | None,
     *,
@@ -84,19 +88,29 @@ def dequant_params(
     signs: Tensor | None = None,
     channels: Tensor | None = None,
     by_block_id: bool = False,
+    dirty: Tensor | None = None,
 ) -> tuple[Structure, dict[str, Tensor]]:
     """DequantParams for one call of ``wph_dequant``.
 
     ``key_out``, ``value_out``: bf16 [destination blocks, block_size, Hk, D], one may be None; both have the same
     strides. Destination block: the block's id where ``by_block_id``, else its position in the flattened block table.
-    Raises UsageError.
+    ``dirty``: int32 or int64 [N], slots (block * block_size + token, negative: none) to decode in place of a block
+    table; the destination then is the block's id. Raises UsageError.
     """
     layout = slot_layout(cache_format, head_dim)
     outputs = {name: out for name, out in (("key_out", key_out), ("value_out", value_out)) if out is not None}
     if not outputs:
         raise UsageError("neither key_out nor value_out is given: expected at least one of them")
     tensors: dict[str, Tensor] = dict(outputs)
-    fields = _cache_fields(layout, kv_cache, block_table, seq_lens, tensors)
+    if dirty is not None:
+        if block_table is not None or seq_lens is not None:
+            raise UsageError("dirty is given with block_table or seq_lens: expected None for both")
+        fields = _dirty_fields(layout, kv_cache, dirty, tensors)
+        by_block_id = True
+    elif block_table is None or seq_lens is None:
+        raise UsageError("block_table or seq_lens is None: expected both, or dirty in their place")
+    else:
+        fields = _cache_fields(layout, kv_cache, block_table, seq_lens, tensors)
     _code_fields(layout, centroids, signs, channels, tensors)
     _expect_one_device(tensors)
     destinations = kv_cache.shape[0] if by_block_id else fields["batch"] * fields["max_blocks"]
@@ -193,6 +207,24 @@ def _cache_fields(
         "block_table_bytes": block_table.element_size(),
         "max_blocks": block_table.shape[1],
         "batch": seq_lens.shape[0],
+    }
+
+
+def _dirty_fields(
+    layout: SlotLayout, kv_cache: Tensor, dirty: Tensor, tensors: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Likewise where a list of slots stands in place of the block table."""
+    fields = _slot_fields(layout, kv_cache)
+    _expect("dirty", dirty, 1, (torch.int32, torch.int64))
+    # The kernel numbers slots with 32 bits.
+    if kv_cache.shape[0] * fields["block_size"] >= 1 << 32:
+        raise UsageError(f"{kv_cache.shape[0] * fields['block_size']} slots: expected less than 2^32")
+    tensors.update(kv_cache=kv_cache, dirty=dirty)
+    return fields | {
+        "max_blocks": 1,
+        "batch": dirty.shape[0],
+        "dirty_bytes": dirty.element_size(),
+        "run_tokens": DIRTY_RUN_TOKENS,
     }
 
 

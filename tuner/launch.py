@@ -17,6 +17,7 @@ from torch import Tensor
 from tuner.arguments import decode_params, dequant_params, group, store_params
 from tuner.errors import TunerError, UsageError
 from tuner.geometry import (
+    DIRTY_RUN_TOKENS,
     Geometry,
     decode_geometry,
     decode_scratch,
@@ -26,7 +27,7 @@ from tuner.geometry import (
     store_geometry,
 )
 from tuner.space import Config
-from tuner.suits import CacheOrder, refusal
+from tuner.suits import CacheOrder, refusal, suited
 
 if TYPE_CHECKING:
     from tuner.reference import Codec
@@ -213,9 +214,11 @@ class DecodeCall(_Call):
             signs=codec.signs,
             channels=codec.channels,
         )
-        reason = refusal(config, cache_order(kv_cache))
+        order = cache_order(kv_cache)
+        reason = refusal(config, order)
         if reason:
-            raise UsageError(f"this kernel cannot read this kv_cache: {reason}; a kernel with load=direct can")
+            able = "dequantize()" if refusal(suited(config, order), order) else "a kernel with load=direct"
+            raise UsageError(f"this kernel cannot read this kv_cache: {reason}; {able} can")
         super().__init__(kernel, decode_launches(config, query, kv_cache, splits), params, tensors)
 
 
@@ -226,13 +229,14 @@ class DequantCall(_Call):
         self,
         kernel: LoadedKernel,
         kv_cache: Tensor,
-        block_table: Tensor,
-        seq_lens: Tensor,
+        block_table: Tensor | None,
+        seq_lens: Tensor | None,
         key_out: Tensor | None,
         value_out: Tensor | None,
         *,
         codec: Codec,
         by_block_id: bool = False,
+        dirty: Tensor | None = None,
     ) -> None:
         config = kernel.config
         require_layout(config, codec)
@@ -248,8 +252,9 @@ class DequantCall(_Call):
             signs=codec.signs,
             channels=codec.channels,
             by_block_id=by_block_id,
+            dirty=dirty,
         )
-        super().__init__(kernel, dequant_launches(config, kv_cache, block_table), params, tensors)
+        super().__init__(kernel, dequant_launches(config, kv_cache, block_table, dirty), params, tensors)
 
 
 class StoreCall(_Call):
@@ -320,13 +325,19 @@ def decode_launches(config: Config, query: Tensor, kv_cache: Tensor, splits: int
     return launches
 
 
-def dequant_launches(config: Config, kv_cache: Tensor, block_table: Tensor) -> list[tuple[str, Geometry]]:
-    """Entry points of a dequantisation with their geometries; none where there are no blocks."""
-    entries = block_table.numel()
+def dequant_launches(
+    config: Config, kv_cache: Tensor, block_table: Tensor | None, dirty: Tensor | None = None
+) -> list[tuple[str, Geometry]]:
+    """Entry points of a dequantisation with their geometries; none where there are no blocks or dirty slots."""
+    block_size, kv_heads = kv_cache.shape[-3:-1]
+    if dirty is not None:
+        entries, tokens = dirty.numel(), min(DIRTY_RUN_TOKENS, block_size)
+    else:
+        assert block_table is not None
+        entries, tokens = block_table.numel(), block_size
     if entries == 0:
         return []
-    block_size, kv_heads = kv_cache.shape[-3:-1]
-    return [("wph_dequant", dequant_geometry(config, entries=entries, block_size=block_size, kv_heads=kv_heads))]
+    return [("wph_dequant", dequant_geometry(config, entries=entries, block_size=tokens, kv_heads=kv_heads))]
 
 
 def store_launches(config: Config, kv_cache: Tensor, slot_mapping: Tensor) -> list[tuple[str, Geometry]]:
