@@ -29,6 +29,7 @@ from tuner.vllm import backend
 from tuner.vllm.eligible import LayerFacts
 from tuner.vllm.layer import Layer
 
+pytestmark = pytest.mark.vllm
 HEADS, KV_HEADS, DIM, FORMAT = 8, 2, 64, "turboquant_4bit_nc"
 TOLERANCE = 5e-3
 
@@ -233,3 +234,27 @@ def test_the_builder_prepares_the_layers_that_vllm_constructed() -> None:
     backend.WphTurboQuantMetadataBuilder(spec, ["layers.3.attn"], config, torch.device("cpu"))
     assert impl.wph_layer.name == "layers.3.attn"
     assert "window of 512" in impl.wph_layer.reason
+
+
+@pytest.mark.parametrize("serves", [True, False])
+def test_new_keys_and_values_are_offered_to_our_store_first(serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours: list[dict[str, Any]] = []
+    theirs: list[torch.Tensor] = []
+
+    def store(**call: Any) -> bool:
+        ours.append(call)
+        return serves
+
+    impl = build()
+    assert impl.wph_store is not None and impl.wph_store.reason is None
+    impl.wph_store = SimpleNamespace(store=store)
+    monkeypatch.setattr(upstream, "triton_turboquant_store", lambda key, *rest, **options: theirs.append(key))
+    cache, _, codec = filled((40,))
+    key, value = (torch.randn(5, KV_HEADS * DIM).bfloat16() for _ in range(2))
+    slots = torch.tensor([3, 17, -1], dtype=torch.int64)  # of a batch padded to 5
+    impl.do_kv_cache_update(SimpleNamespace(), key, value, cache, slots)
+    (call,) = ours
+    assert call["key"].shape == call["value"].shape == (3, KV_HEADS, DIM)
+    assert call["slot_mapping"] is slots and call["kv_cache"] is cache
+    assert torch.equal(call["centroids"], codec.centroids)
+    assert len(theirs) == (0 if serves else 1)

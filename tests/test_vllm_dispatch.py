@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import shutil
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from tuner.errors import TunerError
-from tuner.geometry import decode_scratch
+from tuner.geometry import decode_scratch, dynamic_shared_bytes
 from tuner.space import Config, Problem, default_config
 from tuner.space.decode import direct_variant
 from tuner.suits import CacheOrder
@@ -55,7 +56,7 @@ class Loaded:
 
 def kernel(config: Config, image: bytes) -> Kernel:
     sha = hashlib.sha256(image).hexdigest()
-    return Kernel(kernel_id(ARCH, sha), config.params, "ab" * 32, sha, ARCH, 128, 8192, 0)
+    return Kernel(kernel_id(ARCH, sha), config.params, "ab" * 32, sha, ARCH, 128, dynamic_shared_bytes(config), 0)
 
 
 FAST, OTHER = b"\x7fELF fast", b"\x7fELF other"
@@ -234,6 +235,10 @@ def test_defaults_round_trip_and_damage(folder: Path) -> None:
         path.write_text(whole.replace(old, new))
         with pytest.raises(TableError):
             defaults.read(path, PROBLEM, ARCH)
+    shared = json.loads(whole)["kernels"][0]["shared_bytes"]
+    path.write_text(whole.replace(f'"shared_bytes": {shared}', '"shared_bytes": 0'))
+    with pytest.raises(TableError, match="made by another version"):
+        defaults.read(path, PROBLEM, ARCH)
     for text in ("[]", "3", '{"schema_version": 1}'):
         path.write_text(text)
         with pytest.raises(TableError):

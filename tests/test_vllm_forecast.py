@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 from tests.test_vllm_dispatch import CONFIG, PROBLEM, TARGET, Loaded, dispatch, write_defaults, write_table
-from tuner.errors import TunerError
+from tuner.cli.install import command as install
+from tuner.errors import TunerError, UsageError
 from tuner.launch import cache_order
 from tuner.reference import synthetic_cache
 from tuner.space.decode import direct_variant
@@ -196,3 +198,14 @@ def test_timings_are_reported_by_shape_and_batch() -> None:
 def test_what_does_not_compile_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(TunerError):
         build_defaults([PROBLEM], "sm_20", tmp_path)
+
+
+def test_install_needs_no_tables_for_default_kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shipped tables are found where they are: some are predicted, and nobody asked to install those."""
+    monkeypatch.chdir(folder)
+    refused = CliRunner().invoke(install, [])
+    assert isinstance(refused.exception, UsageError) and "add --model" in str(refused.exception)
+    planned = CliRunner().invoke(install, ["--model", "qwen3-4b", "--dry-run"])
+    assert planned.exit_code == 0, planned.output
+    assert planned.output.startswith("no tables of your own") and "36 layers" in planned.output
+    assert not list(folder.iterdir())

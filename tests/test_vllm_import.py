@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-AT_RUN_TIME = ("plugin", "startup", "layer", "dispatch", "defaults", "eligible", "scratch", "summary", "timing")
+AT_RUN_TIME = (
+    *("plugin", "startup", "layer", "dispatch", "defaults", "eligible", "scratch", "store", "summary", "timing"),
+)
 NEVER = ("optuna", "jinja2", "tuner.render", "tuner.build", "tuner.search", "tuner.reference", "tuner.baselines")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from tuner.reference import Case, synthetic_cache
+from tuner.reference import Case, bulk_cache, bulk_case, synthetic_cache
 from tuner.space import Problem
 from tuner.vllm.defaults import build_defaults, write
 from tuner.vllm.dispatch import dispatch_for
@@ -113,6 +114,9 @@ def test_a_continuation_call_has_one_row_of_the_block_table(problem: Problem) ->
 
 
 def test_a_damaged_cubin_hands_everything_back(problem: Problem, tmp_path: Path) -> None:
+    problem = replace(problem, gqa=5)  # of no table that came with the package
+    for defaults in build_defaults([problem], "sm_{}{}".format(*torch.cuda.get_device_capability())):
+        write(defaults, tmp_path)
     for cubin in (tmp_path / "kernels").glob("*.cubin"):
         cubin.write_bytes(cubin.read_bytes()[:-1] + b"?")
     case = case_of(problem)
@@ -120,3 +124,37 @@ def test_a_damaged_cubin_hands_everything_back(problem: Problem, tmp_path: Path)
     on_gpu = case.to("cuda")
     out = layer.decode(on_gpu.query, on_gpu.kv_cache, on_gpu.block_table, on_gpu.seq_lens, on_gpu.codec.centroids, 9)
     assert out is None and "not what" in (layer.reason or "")
+
+
+@pytest.mark.parametrize("tokens", [256, 1024, 4096])
+@pytest.mark.parametrize("batch", [1, 4, 16])
+@pytest.mark.parametrize("peak", [1.0, 30.0])
+def test_batches_of_long_requests_flat_and_peaked(problem: Problem, batch: int, tokens: int, peak: float) -> None:
+    lengths = tuple(tokens - 3 * i for i in range(batch))
+    case = bulk_case(problem.layout, lengths, q_heads=4 * problem.gqa, kv_heads=4, device="cuda")
+    case = replace(case, query=case.query * peak)
+    expected = case.expected()
+    layer = Layer(LayerFacts(problem.head_dim, 4 * problem.gqa, 4, problem.cache_format, case.scale))
+    layer.prepare(case.query.device, "test", tokens)
+    layer.reserve(batch, torch.bfloat16)
+    for context in (None, tokens):
+        out = decode(layer, case, context).double()
+        assert float(((out - expected).norm(dim=-1) / expected.norm(dim=-1)).max()) <= TOLERANCE
+
+
+def test_a_cache_beyond_4_gib(problem: Problem) -> None:
+    """Pages from both ends of the cache and from around the offsets 2^31 and 2^32."""
+    block_size, kv_heads, tokens = 16, 8, 2000
+    layout = problem.layout
+    block_bytes = block_size * kv_heads * layout.slot_bytes
+    blocks = (9 << 29) // block_bytes  # 4.5 GiB
+    case = bulk_case(layout, (tokens,) * 4, q_heads=kv_heads * problem.gqa, kv_heads=kv_heads, device="cuda")
+    pages = -(-tokens // block_size)
+    starts = (0, (1 << 31) // block_bytes - pages // 2, (1 << 32) // block_bytes - pages // 2, blocks - pages)
+    table = torch.stack([torch.arange(start, start + pages, device="cuda", dtype=torch.int32) for start in starts])
+    cache = bulk_cache(layout, blocks, block_size, kv_heads, "cuda")
+    assert cache.numel() > 1 << 32
+    case = replace(case, kv_cache=cache, block_table=table)
+    layer = Layer(LayerFacts(problem.head_dim, kv_heads * problem.gqa, kv_heads, problem.cache_format, case.scale))
+    expected, out = case.expected(), decode(layer, case, tokens).double()
+    assert float(((out - expected).norm(dim=-1) / expected.norm(dim=-1)).max()) <= TOLERANCE

@@ -26,7 +26,10 @@ from vllm.plugins import load_general_plugins
 TQ = AttentionBackendEnum.TURBOQUANT
 """
 
-pytestmark = pytest.mark.skipif(util.find_spec("vllm") is None, reason="vLLM is not installed (0.24.0 is enough)")
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(util.find_spec("vllm") is None, reason="vLLM is not installed (0.24.0 is enough)"),
+]
 
 
 def run(code: str, *, package: Path = ROOT, **environment: str) -> tuple[list[str], str]:
@@ -106,6 +109,31 @@ print("RESULT", TQ.get_path())
     words, log = run(code)
     assert words == [THEIRS]
     assert log.count("stepping aside") == 1 and "broken in vLLM 0.25.1 and 0.26" in log
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            "seam.facts()['methods']['TurboQuantAttentionImpl._decode_attention'].append('new')",
+            "_decode_attention takes",
+        ),
+        ("seam.facts()['methods']['TurboQuantAttentionImpl.gone'] = []", "has no TurboQuantAttentionImpl.gone"),
+        ("seam.facts()['continuation_keywords'].append('new')", "passes no new"),
+        ("seam.MODULE = 'vllm.v1.attention.backends.gone'", "this vLLM has no vllm.v1.attention.backends.gone"),
+        ("del sys.modules['vllm.v1.attention.backends.registry'].register_backend", "ImportError"),
+    ],
+)
+def test_a_vllm_that_looks_otherwise_is_left_alone(change: str, reason: str) -> None:
+    supported()
+    words, log = run(f"""
+from tuner.vllm import plugin, seam
+{change}
+plugin.register(); plugin.register()
+print("RESULT", TQ.get_path())
+""")
+    assert words == [THEIRS]
+    assert log.count("stepping aside") == 1 and reason in log
 
 
 def test_any_file_of_ours_may_be_missing_or_corrupt(tmp_path: Path) -> None:

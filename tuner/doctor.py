@@ -7,13 +7,13 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 from tuner import toolchain
 from tuner.errors import TunerError
+from tuner.findings import Finding
 from tuner.render import template_folder, templates_digest
 from tuner.targets import ARCHS
 
@@ -27,16 +27,6 @@ _PACKAGES = (
     ("optuna", "optuna", "pip install optuna (without it nothing can be searched)"),
     ("jinja2", "jinja2", "pip install jinja2"),
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check. ``advice`` is empty where ``ok``."""
-
-    name: str
-    ok: bool
-    detail: str
-    advice: str = ""
 
 
 def _rejected(candidates: tuple[toolchain.Candidate, ...]) -> str:

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tuner.cli.options import CONTEXT_SETTINGS, DEFAULT_FORMAT, debug_option, ensure_writable, read_target
+from tuner.cli.options import (
+    CONTEXT_SETTINGS,
+    DEFAULT_FORMAT,
+    DEFAULT_OUTPUT,
+    debug_option,
+    ensure_writable,
+    read_target,
+)
 from tuner.cli.tables import table_paths, tables_argument
 
 if TYPE_CHECKING:
@@ -36,6 +43,7 @@ def command(
 
     That is $VLLM_TUNED_CONFIG_FOLDER if it is set, else the folder "tuned" of vLLM's configuration directory
     (~/.config/vllm). A table that is already there is merged: its buckets stay unless the new table has them too.
+    The tables that come with this package are found without being installed.
     """
     from tuner.formats import get_format
     from tuner.table import install
@@ -47,7 +55,7 @@ def command(
     if uninstall:
         _uninstall(folder, dry_run)
         return
-    steps = install.plan(table_paths(tables), folder, allow_predicted=allow_predicted)
+    steps = install.plan(_paths(tables, workload is not None), folder, allow_predicted=allow_predicted)
     if not dry_run:
         ensure_writable(folder)
         install.carry_out(steps)
@@ -60,6 +68,20 @@ def command(
         click.echo(f"{verb} {step.path} ({step.table.evidence}, {len(step.table.kernels)} kernels)")
     if workload is not None:
         _model(workload, cache_format, folder, dry_run)
+
+
+def _paths(tables: tuple[Path, ...], default_kernels: bool) -> list[Path]:
+    """What to install; nothing where there are only shipped tables and ``default_kernels`` are to be installed."""
+    from tuner.errors import UsageError
+    from tuner.table.install import TABLE_PATTERN
+
+    if tables or any(DEFAULT_OUTPUT.glob(TABLE_PATTERN)):
+        return table_paths(tables)
+    nothing = f"no tables of your own in {DEFAULT_OUTPUT}: vLLM finds the shipped ones without being told"
+    if not default_kernels:
+        raise UsageError(f"{nothing}; tune first, name tables, or add --model for default kernels")
+    click.echo(nothing)
+    return []
 
 
 def _model(workload: Workload, cache_format: str, folder: Path, dry_run: bool) -> None:

@@ -1,7 +1,8 @@
-"""vLLM's TurboQuant backend with the decode seam replaced. vLLM imports this module by name.
+"""vLLM's TurboQuant backend with the decode and the store seam replaced. vLLM imports this module by name.
 
-Only ``_decode_attention`` and the decode call that continuation prefill makes for small chunks are ours; everything
-else, and every call that we cannot serve, is vLLM's own code. Nothing of ours but this file is needed for that.
+Only ``_decode_attention``, the decode call that continuation prefill makes for small chunks, and ``_store_kv`` (if it
+is as ``seams.json`` records) try our kernels; everything else, and every call that we cannot serve, is vLLM's own code.
+Nothing of ours but this file is needed for that.
 """
 
 from __future__ import annotations
@@ -42,6 +43,12 @@ class WphTurboQuantMetadataBuilder(upstream.TurboQuantMetadataBuilder):
             prepare(layer_names, vllm_config, device)
         except Exception as error:
             upstream_only(f"start-up failed: {type(error).__name__}: {error}")
+        try:
+            from tuner.vllm.store import prepare_stores
+
+            prepare_stores(layer_names, vllm_config, device)
+        except Exception as error:
+            upstream_only(f"{type(error).__name__}: {error}", "store kernels")
 
 
 class WphTurboQuantImpl(upstream.TurboQuantAttentionImpl):
@@ -60,6 +67,20 @@ class WphTurboQuantImpl(upstream.TurboQuantAttentionImpl):
                 self.wph_layer.reason = "the cache is kept in AMD's layout"
         except Exception as error:
             upstream_only(f"{type(error).__name__}: {error}")
+        self.wph_store: Any = None
+        try:
+            self.wph_store = _store_layer(self)
+        except Exception as error:
+            upstream_only(f"{type(error).__name__}: {error}", "store kernels")
+
+    def _store_kv(self, *args: Any, **kwargs: Any) -> None:
+        # Whatever upstream's seam takes passes through; ``wph_store`` is there only where it is the recorded one.
+        if self.wph_store is not None:
+            call = dict(zip(("key", "value", "kv_cache", "slot_mapping", "layer"), args, strict=False)) | kwargs
+            centroids = getattr(call.pop("layer"), "_tq_centroids", None)
+            if self.wph_store.store(**call, centroids=centroids):
+                return
+        super()._store_kv(*args, **kwargs)
 
     def _decode_attention(
         self,
@@ -105,6 +126,20 @@ class WphTurboQuantImpl(upstream.TurboQuantAttentionImpl):
             _prefilling.reset(token)
 
 
+def _store_layer(impl: WphTurboQuantImpl) -> Any:
+    """The layer's store; None where upstream's seam is not the recorded one, or the cache is in AMD's layout."""
+    from tuner.vllm import seam
+    from tuner.vllm.store import StoreLayer
+
+    upstream_store = getattr(upstream.TurboQuantAttentionImpl, "_store_kv", None)
+    if upstream_store is None or list(inspect.signature(upstream_store).parameters) != seam.facts()["store"]:
+        return None
+    if getattr(impl, "_soa_store", False) or impl.wph_layer is None:
+        return None
+    facts = impl.wph_layer.facts
+    return StoreLayer(facts.head_dim, facts.kv_heads, facts.cache_format)
+
+
 _prefilling: ContextVar[tuple[Any, int] | None] = ContextVar("_prefilling", default=None)
 """The layer whose prefill is running, and the longest request of its batch."""
 _upstream_decode = upstream.triton_turboquant_decode_attention
@@ -133,11 +168,11 @@ def unhook() -> None:
     upstream.triton_turboquant_decode_attention = _upstream_decode
 
 
-def upstream_only(reason: str) -> None:
+def upstream_only(reason: str, what: str = "TurboQuant kernels") -> None:
     """Says why vLLM's own kernels run, even where our own modules are what is broken."""
     import logging
 
-    logging.getLogger("vllm.plugins.wph").warning("wph: vLLM's own TurboQuant kernels run: %s", reason)
+    logging.getLogger("vllm.plugins.wph").warning("wph: vLLM's own %s run: %s", what, reason)
 
 
 hook()

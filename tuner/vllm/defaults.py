@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from tuner.errors import UsageError
-from tuner.space import get_space
+from tuner.geometry import dynamic_shared_bytes
 from tuner.space.core import Problem
 from tuner.table import Kernel, TableError, kernel_id
 from tuner.table.files import MAX_CUBIN_BYTES, MAX_TABLE_BYTES, parse_json, read_beside, read_bounded, write_whole
-from tuner.table.store import FOLDER_VARIABLE, PACKAGE_TABLES, user_folder
+from tuner.table.store import FOLDER_VARIABLE, PACKAGE_TABLES, check_kernel, user_folder
 
 _VERSION = 1
 
@@ -67,8 +67,8 @@ def read(path: Path, problem: Problem, arch: str) -> Defaults:
     cubins = {}
     for kernel in kernels:
         try:
-            get_space(problem.op).validate(kernel.config(problem))
-        except UsageError as error:
+            check_kernel(kernel, problem)
+        except (TableError, UsageError) as error:
             raise TableError(f"{path}: {error}") from None
         image = read_beside(path, f"{kernel.id}.cubin", MAX_CUBIN_BYTES)
         if hashlib.sha256(image).hexdigest() != kernel.cubin_sha256 or kernel.arch != arch:
@@ -117,7 +117,7 @@ def build_defaults(problems: Sequence[Problem], arch: str, root: Path = Path("bu
                     built.cubin_sha256,
                     arch,
                     built.registers,
-                    built.shared_bytes,
+                    built.shared_bytes + dynamic_shared_bytes(source.config),
                     built.spill_bytes,
                 )
             )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from importlib import metadata
 
-from tuner.doctor import Finding
+from tuner.findings import Finding
 from tuner.formats import VLLM_PRESETS
 from tuner.space.core import Problem
 from tuner.vllm import plugin, versions

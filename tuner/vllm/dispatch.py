@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from tuner.errors import TunerError, UsageError
-from tuner.geometry import decode_scratch, split_candidates
+from tuner.geometry import decode_scratch, dynamic_shared_bytes, entry_points, split_candidates
 from tuner.launch import LoadedKernel
 from tuner.space.core import Config, Problem
-from tuner.space.plan import DecodePlan
 from tuner.suits import CacheOrder, refusal
 from tuner.table import Table, TableError, find, lookup, read, read_cubin
 from tuner.targets import Target, attached
@@ -93,13 +93,7 @@ class Dispatch:
         try:
             path = find(self.problem, name)
             if path is not None:
-                table = read(path, arch=arch)
-                if table.problem != self.problem:
-                    raise TableError(f"{path} is a table of {table.problem}: expected one of {self.problem}")
-                for kernel in table.kernels:
-                    image = read_cubin(path, table, kernel.id)
-                    self._kernels[kernel.id] = self._ready(image, kernel.config(self.problem))
-                self.table = table
+                self.table, self._kernels = load_table(path, self.problem, arch, self._ready)
             self._load_defaults(arch)
         except Exception as error:  # whatever a file or the driver may do, vLLM must go on with its own kernel
             self.table, self.defaults = None, ()
@@ -167,16 +161,29 @@ class Dispatch:
                     yield self._kernels[choice.kernel].config, batch, choice.splits
 
 
-@cache
-def dispatch_for(problem: Problem, kv_heads: int, device: int) -> Dispatch:
-    """One per process, shared by all layers with that problem. Raises UsageError on a GPU without facts."""
+def load_table(path: Path, problem: Problem, arch: str, load: Loader) -> tuple[Table, dict[str, LoadedKernel]]:
+    """The table at ``path`` and its kernels by id, verified and loaded. Raises TableError, and what ``load`` does."""
+    table = read(path, arch=arch)
+    if table.problem != problem:
+        raise TableError(f"{path} is a table of {table.problem}: expected one of {problem}")
+    return table, {k.id: load(read_cubin(path, table, k.id), k.config(problem)) for k in table.kernels}
+
+
+def loading_on(device: int) -> tuple[Target, Loader]:
+    """The facts of CUDA device ``device``, and what loads kernels there. Raises UsageError on a GPU without facts."""
     target = attached(device)
     if target is None:
         raise UsageError(f"there is no CUDA device {device}")
 
     def load(image: bytes, config: Config) -> LoadedKernel:
         kernel = LoadedKernel.load(image, config, device)
-        kernel.reserve_shared("wph_decode", DecodePlan(config).shared_bytes)
+        kernel.reserve_shared(entry_points(config)[0], dynamic_shared_bytes(config))
         return kernel
 
-    return Dispatch(problem, kv_heads, target, load)
+    return target, load
+
+
+@cache
+def dispatch_for(problem: Problem, kv_heads: int, device: int) -> Dispatch:
+    """One per process, shared by all layers with that problem. Raises UsageError on a GPU without facts."""
+    return Dispatch(problem, kv_heads, *loading_on(device))

@@ -1,0 +1,190 @@
+"""One layer's store at run time: new keys and values to the compressed cache, or back to vLLM's own launches.
+
+Only a table's kernels run here: a store without one stays vLLM's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tuner.arguments import store_params
+from tuner.errors import TunerError, UsageError
+from tuner.formats import VLLM_PRESETS
+from tuner.geometry import Geometry
+from tuner.launch import LoadedKernel, store_launches
+from tuner.space.core import Problem
+from tuner.table import Table, find, lookup
+from tuner.targets import Target
+from tuner.vllm import log
+from tuner.vllm.dispatch import Loader, load_table, loading_on
+
+_REMEMBERED = 2048
+
+
+class StoreDispatch:
+    """The kernels of one store problem on one device, verified and loaded at once; ``reason`` says why there are none.
+
+    A table that is damaged, for another arch, or with cubins that are not what it names leaves the store to vLLM.
+    """
+
+    def __init__(self, problem: Problem, kv_heads: int, target: Target, load: Loader) -> None:
+        """``target`` is the device, with its own name; ``load`` makes verified cubins ready to launch on it."""
+        self.problem, self.kv_heads = problem, kv_heads
+        self.table: Table | None = None
+        self._kernels: dict[str, LoadedKernel] = {}
+        self.reason = self._load(target, load)
+
+    def choose(self, tokens: int) -> LoadedKernel | None:
+        """The table's kernel for a call of ``tokens`` tokens; None where it has none so far from what was timed."""
+        choice = lookup(self.table, tokens, kv_heads=self.kv_heads) if self.table is not None else None
+        return None if choice is None else self._kernels[choice.kernel]
+
+    def _load(self, target: Target, load: Loader) -> str | None:
+        try:
+            path = find(self.problem, target.device_name)
+            if path is None:
+                return f"no table for {target.device_name} (python tune.py --op store ..., then install)"
+            self.table, self._kernels = load_table(path, self.problem, target.arch, load)
+        except Exception as error:  # whatever a file or the driver may do, vLLM must go on with its own store
+            reason = str(error) if isinstance(error, TunerError) else f"{type(error).__name__}: {error}"
+            log.warn(f"store of {self.problem.cache_format} at head dim {self.problem.head_dim}: vLLM's runs: {reason}")
+            return reason
+        return None
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A launch whose arguments were checked once; addresses are filled in per call."""
+
+    kernel: LoadedKernel
+    launches: list[tuple[str, Geometry]]
+    params: Any
+    pointers: Any
+    centroids: Tensor
+
+
+class StoreLayer:
+    """One layer. ``reason`` says why vLLM's store runs for it; None while ours may."""
+
+    def __init__(self, head_dim: int, kv_heads: int, cache_format: str) -> None:
+        self.kv_heads = kv_heads
+        self.dispatch: StoreDispatch | None = None
+        self.problem: Problem | None = None
+        self.reason: str | None = None
+        self._prepared: dict[tuple[object, ...], _Prepared] = {}
+        if cache_format not in VLLM_PRESETS:
+            self.reason = f"no store for cache format {cache_format}: expected {', '.join(VLLM_PRESETS)}"
+            return
+        try:
+            self.problem = Problem("store", head_dim, 1, cache_format)
+        except UsageError as error:
+            self.reason = str(error)
+
+    def prepare(self, device: torch.device) -> None:
+        """Verifies and loads this layer's kernels, before graphs are captured. Never raises."""
+        if self.reason is not None or self.dispatch is not None or self.problem is None:
+            return
+        try:
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self.dispatch = store_dispatch_for(self.problem, self.kv_heads, index)
+        except Exception as error:
+            self.give_up(error)
+            return
+        self.reason = self.dispatch.reason
+
+    def give_up(self, error: Exception) -> None:
+        """From here on vLLM's store runs for this layer."""
+        self.reason = f"{type(error).__name__}: {error}"
+        log.warn(f"store: vLLM's runs from here on: {self.reason}")
+
+    def store(
+        self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor, centroids: Tensor | None
+    ) -> bool:
+        """Writes ``key``, ``value`` [N, Hk, D] to the slots ``slot_mapping`` [N]; False: vLLM's store must run.
+
+        Nothing was written then. Never raises.
+        """
+        if self.reason is not None or centroids is None:
+            return False
+        try:
+            return self._store(key, value, kv_cache, slot_mapping, centroids)
+        except Exception as error:
+            self.give_up(error)
+            return False
+
+    def _store(self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor, centroids: Tensor) -> bool:
+        if key.device.type != "cuda" or slot_mapping.shape[0] == 0:
+            return False
+        if self.dispatch is None:
+            if torch.cuda.is_current_stream_capturing():
+                return False
+            self.prepare(key.device)
+        dispatch = self.dispatch
+        if dispatch is None or self.reason is not None:
+            return False
+        kernel = dispatch.choose(slot_mapping.shape[0])
+        if kernel is None:
+            log.say(f"store of {slot_mapping.shape[0]} tokens: beyond what the table was tuned for, vLLM's runs")
+            return False
+        prepared = self._prepared_for(kernel, key, value, kv_cache, slot_mapping, centroids)
+        p = prepared.params
+        p.key, p.value, p.kv_cache, p.slot_mapping = (
+            key.data_ptr(), value.data_ptr(), kv_cache.data_ptr(), slot_mapping.data_ptr(),
+        )  # fmt: skip
+        for entry, geometry in prepared.launches:
+            kernel.launch(entry, geometry, ctypes.addressof(prepared.pointers))
+        return True
+
+    def _prepared_for(
+        self,
+        kernel: LoadedKernel,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        slot_mapping: Tensor,
+        centroids: Tensor,
+    ) -> _Prepared:
+        identity = (
+            id(kernel), key.shape, key.stride(), key.dtype, value.shape, value.stride(), value.dtype, kv_cache.shape,
+            kv_cache.stride(), kv_cache.dtype, slot_mapping.shape, slot_mapping.stride(), slot_mapping.dtype,
+            centroids.data_ptr(),
+        )  # fmt: skip
+        found = self._prepared.get(identity)
+        if found is None:
+            if len(self._prepared) >= _REMEMBERED:
+                self._prepared.clear()
+            assert self.problem is not None
+            tensors = (kv_cache, key, value, slot_mapping)
+            params, _ = store_params(*tensors, cache_format=self.problem.cache_format, centroids=centroids)
+            pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+            launches = store_launches(kernel.config, kv_cache, slot_mapping)
+            found = self._prepared[identity] = _Prepared(kernel, launches, params, pointers, centroids)
+        return found
+
+
+def prepare_stores(layer_names: Sequence[str], vllm_config: Any, device: torch.device) -> None:
+    """Prepares the stores of one KV-cache group and says what runs. Never raises."""
+    context = vllm_config.compilation_config.static_forward_context
+    impls = [getattr(context.get(name), "impl", None) for name in layer_names]
+    stores = [s for s in (getattr(impl, "wph_store", None) for impl in impls) if isinstance(s, StoreLayer)]
+    counts: dict[str, int] = {}
+    for store in stores:
+        store.prepare(device)
+        table = store.dispatch.table if store.dispatch is not None else None
+        runs = f"vLLM's: {store.reason}" if table is None else f"table of {table.device.name} ({table.evidence})"
+        counts[runs] = counts.get(runs, 0) + 1
+    for runs, count in counts.items():
+        log.say(f"store of {count} layer{'s' * (count > 1)}: {runs}")
+
+
+@cache
+def store_dispatch_for(problem: Problem, kv_heads: int, device: int) -> StoreDispatch:
+    """One per process, shared by all layers with that problem. Raises UsageError on a GPU without facts."""
+    return StoreDispatch(problem, kv_heads, *loading_on(device))
