@@ -1,4 +1,4 @@
-"""The verb ``export``: tables, cubins and readable sources in one folder."""
+"""The verb ``export``: tables, cubins and readable sources in one folder, or kernels as a project of their own."""
 
 from __future__ import annotations
 
@@ -19,18 +19,33 @@ from tuner.cli.tables import table_paths, tables_argument
     default=Path("generated"),
     show_default=True,
     metavar="FOLDER",
-    help="Where to copy to; one folder per target is made in it.",
+    help="Where to write; one folder per target is made in it. With --standalone a new folder.",
+)
+@click.option(
+    "--standalone",
+    is_flag=True,
+    help="Write a project of plain CUDA C++ instead: kernels, a C header, a build with CMake, tests.",
 )
 @debug_option
-def command(tables: tuple[Path, ...], folder: Path) -> None:
+def command(tables: tuple[Path, ...], folder: Path, standalone: bool) -> None:
     """Copy TABLES with their cubins, and the CUDA source of every kernel as a person would read it.
 
-    A source is rendered anew; where the templates have changed since, it is left out and a line says so.
+    A source is rendered anew; where the templates have changed since, it is left out and a line says so. A standalone
+    project is refused in that case: it holds what was timed, or nothing.
+
+    Example: python tune.py export build/tables --standalone --to wph
     """
+    paths = table_paths(tables)
+    if standalone:
+        _standalone(paths, folder)
+    else:
+        _copies(paths, folder)
+
+
+def _copies(paths: list[Path], folder: Path) -> None:
     from tuner.render import render
     from tuner.table import export, read
 
-    paths = table_paths(tables)
     ensure_writable(folder)
     for path in paths:
         table = read(path)
@@ -43,3 +58,12 @@ def command(tables: tuple[Path, ...], folder: Path) -> None:
                 click.echo(f"{kernel.id}: made from older templates, its source is left out; tune again to have it")
         written = export(path, folder / f"{table.device.slug}_{table.device.arch}", sources)
         click.echo(f"{written}: {len(table.kernels)} kernels, {len(sources)} sources")
+
+
+def _standalone(paths: list[Path], folder: Path) -> None:
+    from tuner.standalone import export_standalone
+    from tuner.table import read
+
+    kernels = export_standalone([read(path) for path in paths], folder)
+    archs = sorted({kernel.kernel.arch for kernel in kernels})
+    click.echo(f"{folder}: {len(kernels)} kernels for {', '.join(archs)}; README.md there says how to build and call")

@@ -20,7 +20,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "report": ("report", "Write dispatch tables as terminal tables or as one HTML page."),
     "explain": ("explain", "Say why a table picks its kernel for a batch and context."),
     "verify": ("verify", "Check tables and cubins: schema, hashes, architecture."),
-    "export": ("export", "Copy tables with their cubins and readable sources into a folder."),
+    "export": ("export", "Copy tables, cubins and readable sources into a folder, or write a standalone project."),
     "install": ("install", "Put tables and cubins where vLLM finds them."),
     "doctor": ("doctor", "Check compiler, GPU, vLLM and tables, and say what is missing."),
 }
