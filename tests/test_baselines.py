@@ -22,7 +22,6 @@ from tuner.baselines import (
     DequantConstants,
     TritonConstants,
     available,
-    bf16_cache_bytes,
     prepare,
     split_name,
     survey,
@@ -68,6 +67,15 @@ def test_shipped_structure_equals_vllms_kernel(case: str) -> None:
         pytest.skip("WPH_VLLM_SOURCE does not name a directory with vLLM's sources")
     result = interpreted("vllm")[case]
     assert result["error"] <= 1e-3 * result["size"]
+
+
+@pytest.mark.parametrize("case", cases.STORE)
+def test_vllms_store_writes_what_the_reference_writes(case: str) -> None:
+    if not os.environ.get("WPH_VLLM_SOURCE"):
+        pytest.skip("WPH_VLLM_SOURCE does not name a directory with vLLM's sources")
+    result = interpreted("store")[case]
+    assert result["error"] < 1e-3  # an index or two on a tie
+    assert result["written"] == 0
 
 
 def test_registry_imports_neither_torch_nor_triton() -> None:
@@ -146,7 +154,6 @@ def test_sdpa_on_the_callers_dense_cache(cache_format: str) -> None:
     inputs = DecodeInputs.of(case, dense)
     out, expected = prepare("sdpa_bf16", inputs)().double(), case.expected()
     assert (out - expected).norm() < 1e-2 * expected.norm()
-    assert bf16_cache_bytes(inputs) == 2 * dense()[0].nbytes
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_121"])

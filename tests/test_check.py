@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from emulated import emulate_decode
 from torch import Tensor
 
-from tuner.check import check_decode, check_dequant
+from tuner.check import check_decode, check_dequant, decode_errors
+from tuner.measure.peer import vllm_errors
 from tuner.reference import Case, dequantize
 from tuner.space import Problem, default_config
 
@@ -110,6 +115,37 @@ def test_wrong_kernels_fail(run: Callable[[Case, Tensor], None], detail: str) ->
     assert "block size" in result.detail
 
 
+def scaled_by(factor: float) -> Callable[[Case, Tensor], None]:
+    def run(case: Case, out: Tensor) -> None:
+        out.copy_(case.expected() * factor)
+
+    return run
+
+
+def test_a_kernel_may_not_be_worse_than_vllms_own() -> None:
+    """Within the tolerance is not enough where vLLM's is only off by rounding its output."""
+    peer = decode_errors(exact, PROBLEM, level="tiny")
+    assert len(peer) == 2 and 1e-3 < peer[0] < 3e-3 and math.isnan(peer[1])  # the second is fp16
+    worse = scaled_by(1.0015)
+    assert check_decode(worse, PROBLEM, level="tiny").passed
+    result = check_decode(worse, PROBLEM, level="tiny", peer_errors=peer)
+    assert not result.passed and "x that of vLLM's own kernel" in result.detail and "bfloat16" in result.detail
+    same = check_decode(exact, PROBLEM, level="tiny", peer_errors=peer)
+    assert same.passed and same.detail.endswith("at most 1.00 x vLLM's at bfloat16")
+
+
+def test_what_vllm_cannot_do_sets_no_bar() -> None:
+    """vLLM's kernel writes NaN for requests of length 0; a case it fails as a whole says nothing."""
+
+    def no_zeros(case: Case, out: Tensor) -> None:
+        exact(case, out)
+        out[case.seq_lens == 0] = math.nan
+
+    errors, expected = (decode_errors(run, PROBLEM, level="tiny") for run in (no_zeros, exact))
+    assert errors[0] == expected[0]
+    assert check_decode(scaled_by(1.0015), PROBLEM, level="tiny", peer_errors=(math.nan, math.nan)).passed
+
+
 @pytest.mark.parametrize("cache_format", ["turboquant_outlier", "turboquant_k8v4"])
 def test_dequantised_rows_pass(cache_format: str) -> None:
     result = check_dequant(rows, Problem("dequant", 64, 1, cache_format), level="quick")
@@ -151,3 +187,38 @@ def test_emulated_default_kernel_passes(cache_format: str) -> None:
 
     result = check_decode(run, problem, level="tiny")
     assert result.passed, result.detail
+
+
+def test_without_vllm_there_is_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WPH_VLLM_SOURCE", raising=False)
+    for level in ("quick", "full"):
+        assert vllm_errors(Problem("decode", 64, 4, "turboquant_seed"), "cpu", level, 2) == ()
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("", "this vLLM has no vllm.v1.attention.ops.triton_turboquant_decode"),
+        ("def triton_turboquant_decode_attention(rows): ...", "TypeError: "),
+        ("def triton_turboquant_decode_attention(**kwargs): raise NotImplementedError('no pages')", "no pages"),
+    ],
+)
+def test_another_vllm_than_we_know_sets_no_bar_and_says_so(tmp_path: Path, code: str, reason: str) -> None:
+    ops = tmp_path / "vllm/v1/attention/ops"
+    ops.mkdir(parents=True)
+    (ops / "triton_decode_attention.py").write_text("")
+    (ops / "triton_turboquant_decode.py").write_text(code)
+    program = (
+        "from tuner.measure.peer import vllm_errors; from tuner.space import Problem; "
+        "assert vllm_errors(Problem('decode', 64, 4, 'turboquant_4bit_nc'), 'cpu', 'full', 2) == ()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "WPH_VLLM_SOURCE": str(tmp_path), "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("vLLM's own kernel sets no bar: ") and reason in done.stderr

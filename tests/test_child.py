@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
+from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from tuner.launch import ResourceError
 from tuner.measure.child import Child, _failure, serve
 from tuner.measure.clock import DROP, Clock
 from tuner.measure.pool import Pool
+from tuner.measure.samples import Sample
 from tuner.reference import synthetic_cache
+from tuner.space import Config, Problem, default_config
 from tuner.workload import Bucket, Shape
 
 FORMAT = "turboquant_4bit_nc"
@@ -119,6 +123,52 @@ def test_blocks_of_a_bucket_hold_its_tokens(bucket: Bucket, block_size: int) -> 
     blocks = Pool(block_size, 0, seed=3)._blocks(bucket)
     tokens = sum(bucket.lengths(3))
     assert tokens <= blocks * block_size < tokens + bucket.batch * block_size
+
+
+class OneCall(Child):
+    """A child without a GPU: a call is the bucket's number of requests, and more than four exceed the memory."""
+
+    def __init__(self) -> None:
+        self.pool, self.timer = self, self  # type: ignore[assignment]
+        self._dequantized = {}
+
+    def cases(self, shape: Shape, cache_format: str, buckets: list[Bucket]) -> dict[str, Any]:
+        return {b.key: b for b in buckets}
+
+    @contextmanager
+    def _loaded(self, config: Config, cubin: str) -> Any:
+        yield None
+
+    def _prepare(self, kernel: Any, case: Any, splits: int) -> Any:
+        return case.batch * splits
+
+    def reserve(self, shape: Shape, cache_format: str, buckets: list[Bucket]) -> None:
+        pass
+
+    def forget_dense(self) -> None:
+        pass
+
+    def capture(self, call: int) -> int:
+        if call > 4:
+            raise torch.cuda.OutOfMemoryError("tried to allocate 99 GiB\nand more")
+        return call
+
+    def short(self, replay: int) -> Sample:
+        return Sample.of([float(replay)])
+
+
+def test_a_bucket_without_memory_costs_no_other_bucket(capsys: pytest.CaptureFixture[str]) -> None:
+    timed = {
+        "config": default_config(Problem("decode", 128, 4, FORMAT)).to_dict(),
+        "cubin": "none.cubin",
+        "shape": asdict(SHAPE),
+        "buckets": [asdict(Bucket(batch, 1024)) for batch in (1, 8, 3)],
+        "splits": [1, 2],
+        "reserve": [],
+    }
+    timings = OneCall().time(timed)
+    assert [(t["bucket"], t["splits"]) for t in timings] == [("b1_c1024", 1), ("b1_c1024", 2), ("b3_c1024", 1)]
+    assert "b8_c1024: tried to allocate 99 GiB\n" in capsys.readouterr().err
 
 
 def test_a_baseline_on_the_compressed_cache_gets_the_case_itself() -> None:

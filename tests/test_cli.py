@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tuner.geometry import dynamic_shared_bytes
 from tuner.render import render
 from tuner.space import Problem, default_config
 from tuner.table import BatchEntry, BucketEntry, Device, Kernel, Provenance, Table, Timing, kernel_id, write
@@ -48,7 +49,8 @@ def make_table(folder: Path, *, evidence: str = "measured", digest: str | None =
     sha = hashlib.sha256(cubin).hexdigest()
     name = kernel_id("sm_121", sha)
     timing = Timing(context, False, 20.0, 19.5, 20.5, 15.0, {"triton": 200.0}, "memory")
-    kernel = Kernel(name, config.params, digest or render(config).digest, sha, "sm_121", 128, 40960, 0)
+    shared = dynamic_shared_bytes(config)
+    kernel = Kernel(name, config.params, digest or render(config).digest, sha, "sm_121", 128, shared, 0)
     table = Table(
         problem=problem,
         kv_heads=8,
@@ -96,8 +98,8 @@ def test_help_teaches_options_examples_and_verbs(tmp_path: Path) -> None:
     done = tune("--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     verbs = ("export", "install", "bench", "verify", "explain", "report", "space", "doctor")
-    options = ("model", "head-dim", "kv-cache-dtype", "gqa", "op", "arch", "warps", "trials", "timeout", "workers")
-    options += ("gpus", "storage", "resume", "no-resume", "seed", "output", "debug")
+    options = ("model", "head-dim", "kv-cache-dtype", "gqa", "op", "arch", "warps", "trials", "timeout", "race-timeout")
+    options += ("workers", "gpus", "storage", "resume", "no-resume", "seed", "output", "debug")
     for word in (*verbs, *(f"--{option}" for option in options), "python tune.py --head-dim 256"):
         assert word in done.stdout
     # Options alone mean the verb tune, so its help is the same page.
@@ -142,12 +144,14 @@ def test_version(tmp_path: Path) -> None:
         ("--head-dim 256 --trials 999999999", ("--trials", "100000")),
         ("--head-dim 256 --timeout 0", ("--timeout",)),
         ("--head-dim 256 --timeout nan", ("--timeout",)),
+        ("--head-dim 256 --race-timeout 0", ("--race-timeout", "0")),
         ("--head-dim 256 --workers 0", ("--workers",)),
         ("--head-dim 256 --seed -1", ("--seed",)),
         ("--head-dim 256 --gpus 99", ("GPU 99", "not attached")),
         ("--head-dim 256 --no-such-option", ("--no-such-option",)),
-        ("--head-dim 256 --op store", ("--op store", "decode or dequant")),
-        ("--head-dim 256 --op dequant --warps 1,4 --no-resume", ("--no-resume", "--seed")),
+        ("--head-dim 256 --op store --arch sm_100", ("static model knows decode and dequant only", "to tune store")),
+        ("--head-dim 256 --op dequant --warps 1,4 --gpus 0,1", ("one GPU", "--gpus")),
+        ("--head-dim 256 --op store --warps 4,8 --gpus 0,99", ("GPU", "not attached")),
         ("frobnicate", ("frobnicate", "doctor")),
         ("space --head-dim 100", ("head dim 100",)),
         ("bench --model qwen3-4b --concurrency 0", ("at least 1",)),

@@ -88,10 +88,10 @@ def test_without_a_gpu_every_answer_is_a_failure(evaluator: MeasuredEvaluator, t
         evaluator.score(candidate, None),
         evaluator.confirm(candidate),
         evaluator._time(candidate, BUCKETS[:2], {}),
-        evaluator.final([(candidate, 4)], BUCKETS[0], ()),
+        evaluator.final([(candidate, 4)], BUCKETS[0], (), 1.0),
     )
     told: list[str] = []
-    assert evaluator.rivals(told.append) == () and told  # constants were tried, and none of them ran
+    assert evaluator.rivals(told.append, 20.0) == () and told  # constants were tried, and none of them ran
     for answer in answers:
         assert isinstance(answer, Failure)
         assert answer.kind == "error" and "no NVIDIA GPU" in answer.message

@@ -17,8 +17,9 @@ from tuner.formats import slot_layout
 from tuner.geometry import split_candidates
 from tuner.model import busiest
 from tuner.pipes import cost
-from tuner.predict import hot_loop, memory_limit_us, predict, predict_triton
+from tuner.predict import hot_loop, predict, predict_triton
 from tuner.render import render
+from tuner.search.evaluate import limit_us
 from tuner.space import Config, Problem, default_config
 from tuner.space.plan import DecodePlan
 from tuner.targets import ARCHS, get_target
@@ -42,7 +43,8 @@ MEASURED = (
     (512, 32, 4, 32, 8192, 6134),
 )
 SHAPE = Shape(128, 32, 8)
-LAYOUT = slot_layout(FORMAT, 128)
+PROBLEM = Problem("decode", 128, 4, FORMAT)
+LAYOUT = PROBLEM.layout
 
 
 def configs() -> list[Config]:
@@ -112,7 +114,7 @@ def test_bounds_and_terms(kernels: dict[tuple[Config, str], tuple[Built, sass.Sa
                 key=lambda p: p.time_us,
             )  # fmt: skip
             terms = [p.memory_us, p.issue_us, p.shared_us, p.matrix_us, p.latency_us]
-            assert p.memory_us >= memory_limit_us(SHAPE, LAYOUT, bucket, target)
+            assert p.memory_us >= limit_us(PROBLEM, SHAPE, bucket, target)
             assert max(terms) <= p.time_us - p.overhead_us - p.reduction_us <= 1.25 * max(terms)
             assert (p.matrix_us > 0) == (config["math"] == "mma")
             assert 0 < p.occupancy <= 1
@@ -144,9 +146,10 @@ def test_hot_loop_is_the_one_over_tokens(kernels: dict[tuple[Config, str], tuple
         loop = hot_loop(facts)
         plan = DecodePlan(config)
         if config["math"] == "mma":
-            products = 3 * plan.tiles * plan.key_steps * plan.head_tiles  # both halves of the query, and the values
-            squares = 4 * plan.tiles * plan.key_steps  # of the norm correction
-            assert sass.count(loop.opcodes, "HMMA") == products + squares
+            products = 3 * plan.key_steps * plan.head_tiles  # both halves of the query, and the values
+            squares = plan.key_steps // 2  # of the norm correction
+            weights = plan.head_tiles  # their sums
+            assert sass.count(loop.opcodes, "HMMA") == plan.tiles * (products + squares + weights)
         else:
             assert sass.count(loop.opcodes, "FFMA", "HFMA2", "FMUL") >= plan.slice_dims // 32
         assert loop.instructions < facts.instructions
@@ -171,7 +174,7 @@ def test_refusals(kernels: dict[tuple[Config, str], tuple[Built, sass.SassFacts]
 
 def test_memory_limit() -> None:
     # 8 requests x 4096 tokens x 8 KV heads x 134 bytes over 4300 GB/s.
-    limit = memory_limit_us(SHAPE, LAYOUT, Bucket(8, 4096), H200)
+    limit = limit_us(PROBLEM, SHAPE, Bucket(8, 4096), H200)
     assert limit == pytest.approx(8 * 4096 * 8 * 134 / 4300e9 * 1e6)
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tuner.baselines import SHIPPED, Constants, TritonConstants, split_name
-from tuner.errors import TunerError
 from tuner.search import TuneRequest
 from tuner.search.rivals import CHOSEN, probes, select, sweep
 from tuner.space import Problem
 from tuner.targets import get_target
+from tuner.toolchain import ToolchainError
 from tuner.workload import Bucket, Shape, default_buckets
 
 PROBLEM = Problem("decode", 256, 8, "turboquant_4bit_nc")
@@ -89,9 +89,9 @@ def test_predicted_rivals_are_compiled_once(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(predicted, "TRITON_TRIALS", 2)
     try:
         evaluator = predicted.PredictedEvaluator(request)
-    except TunerError as error:
+    except ToolchainError as error:
         pytest.skip(f"no compiler: {error}")
-    names = evaluator.rivals(lambda text: None)
+    names = evaluator.rivals(lambda text: None, 30.0)
     assert names and all(split_name(n)[0] == "triton" and split_name(n)[1] for n in names)
     folders = sorted((tmp_path / "triton").rglob("facts.json"))
     times = predicted.PredictedEvaluator(request)._baselines_us(buckets[1], names)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tuner.geometry import dynamic_shared_bytes
 from tuner.space import Problem, default_config, seed_config
 from tuner.table import (
     BatchEntry,
@@ -43,7 +44,8 @@ NAME = "turboquant_decode,head_dim=256,gqa=16,device_name=NVIDIA_GB10,cache_dtyp
 def kernel(number: int) -> Kernel:
     config = (default_config, seed_config)[number](PROBLEM)
     sha = hashlib.sha256(CUBINS[number]).hexdigest()
-    return Kernel(kernel_id("sm_121", sha), config.params, "ab" * 32, sha, "sm_121", 100 + number, 4096, 0)
+    shared = dynamic_shared_bytes(config)
+    return Kernel(kernel_id("sm_121", sha), config.params, "ab" * 32, sha, "sm_121", 100 + number, shared, 0)
 
 
 K0, K1 = kernel(0), kernel(1)
@@ -314,6 +316,19 @@ def test_explain() -> None:
     assert "default configuration" in explain(make_table(), 1000).lines[0]
 
 
+@pytest.mark.parametrize(
+    ("cache_format", "told"),
+    [
+        ("turboquant_4bit_nc", "262 bytes per token and KV head, 262 of them data, no padding; 3.91 x fewer than bf16"),
+        ("turboquant_seed", "512 bytes per token and KV head, 374 of them data, 138 (27%) are padding; 2.00 x fewer"),
+        ("turboquant_outlier", "512 bytes per token and KV head, 412 of them data, 100 (20%) are padding; 2.00 x"),
+    ],
+)
+def test_explain_tells_what_slots_waste(cache_format: str, told: str) -> None:
+    table = make_table(problem=Problem("decode", 256, 16, cache_format))
+    assert f"cache {cache_format}: {told}" in "\n".join(explain(table, 8).lines)
+
+
 def test_merge_takes_the_newer_and_keeps_the_rest() -> None:
     old = make_table()
     new = make_table(
@@ -364,3 +379,11 @@ def test_import_stays_light() -> None:
 
     code = "import sys, tuner.table; print(sorted({'torch','triton','optuna','cupy','jinja2'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_kernel_of_another_version_is_refused(stored: Path) -> None:
+    """Shared memory is laid out when a kernel is compiled: launched with less, it would write past the end."""
+    kernels = json.loads(stored.read_text())["kernels"]
+    kernels[K0.id]["shared_bytes"] += 128
+    with pytest.raises(TableError, match=r"made by another version of this package; make it anew"):
+        read(damage(stored, kernels=kernels))

@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from tuner.baselines import DecodeInputs, DequantConstants, TritonConstants, prepare
+from tuner.baselines import DecodeInputs, DequantConstants, StoreInputs, TritonConstants, prepare
 from tuner.baselines.triton_dequant import prepare as prepare_dequant
+from tuner.check_store import store_case
 from tuner.formats import FORMATS, HEAD_DIMS, VLLM_PRESETS, slot_layout
-from tuner.reference import Case, dequantize, synthetic_cache
+from tuner.reference import Case, dequantize, store, synthetic_cache
+from tuner.space import Problem
 
 LENGTHS = (0, 1, 17)
 ONE_HEAD = {"q_heads": 1, "kv_heads": 1}
@@ -50,6 +53,7 @@ DEQUANT = {
     ),
 }  # fmt: skip
 VLLM = {f"vllm {f}": (f, 64) for f in VLLM_PRESETS}
+STORE = {f"store {f}": (f, 64) for f in VLLM_PRESETS}
 
 
 def make_case(cache_format: str, head_dim: int, **shape: Any) -> Case:
@@ -96,11 +100,32 @@ def vllm_error(cache_format: str, head_dim: int) -> Any:
     return {"error": float((ours - theirs).abs().max()), "size": float(theirs.abs().max())}
 
 
+def store_error(cache_format: str, head_dim: int) -> Any:
+    """Relative error of the slots that vLLM wrote against the reference's, both decoded; bytes written elsewhere."""
+    case = store_case(Problem("store", head_dim, 1, cache_format), 6, kv_heads=2, dtype=torch.float16)
+    key = case.key.clamp(-60, 60)
+    if not case.codec.layout.format.key_codebook:
+        key = key.float().to(torch.float8_e4m3fn).half()  # the interpreter truncates what a GPU rounds
+    case = replace(case, key=key, value=case.value.clamp(-60, 60))
+    ours, theirs = case.before.clone(), case.before.clone()
+    store(ours, case.key, case.value, case.slot_mapping, case.codec)
+    prepare("vllm_store", StoreInputs(case.key, case.value, theirs, case.slot_mapping, case.codec))()
+    slots = case.slot_mapping[case.slot_mapping >= 0].long()
+    live = torch.zeros(case.before.shape[:2], dtype=torch.bool)
+    live[slots // case.before.shape[1], slots % case.before.shape[1]] = True
+    error = max(
+        float((a[live] - b[live]).norm() / b[live].norm())
+        for a, b in zip(dequantize(theirs, case.codec), dequantize(ours, case.codec), strict=True)
+    )
+    return {"error": error, "written": float((theirs[~live] != ours[~live]).sum())}
+
+
 def results(family: str) -> Iterator[tuple[str, Any]]:
     cases, measure = {
         "decode": (DECODE, decode_error),
         "dequant": (DEQUANT, dequant_error),
         "vllm": (VLLM, vllm_error),
+        "store": (STORE, store_error),
     }[family]
     for name, arguments in cases.items():
         yield name, measure(*arguments)

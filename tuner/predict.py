@@ -17,7 +17,7 @@ from tuner.targets import Target
 from tuner.workload import Bucket, Shape
 from tuner.workload.core import cache_bytes
 
-__all__ = ["Prediction", "hot_loop", "memory_limit_us", "predict", "predict_triton"]
+__all__ = ["Prediction", "hot_loop", "predict", "predict_triton"]
 
 _L2_FACTOR = 2.0
 """Bandwidth of the L2 cache, where partial results stay, over DRAM's."""
@@ -28,11 +28,6 @@ _CONFLICTS = {4: 3.4, 3: 1.9}
 _SECTOR = 32
 
 
-def memory_limit_us(shape: Shape, layout: SlotLayout, bucket: Bucket, target: Target) -> float:
-    """Compressed bytes of all requests over the read bandwidth: no kernel is faster."""
-    return cache_bytes(shape, layout, bucket) / target.bandwidth_gbps / 1e3
-
-
 def hot_loop(sass: SassFacts) -> Loop:
     """The loop over tokens: the smallest one with most of the arithmetic. Raises TunerError where there is no loop."""
     names = ("HMMA",) if count(sass.opcodes, "HMMA") else ("FFMA", "FMUL", "FADD", "HFMA2")
@@ -40,6 +35,17 @@ def hot_loop(sass: SassFacts) -> Loop:
     if not most:
         raise TunerError(f"kernel {sass.kernel} has no loop with arithmetic: the static model cannot tell its time")
     return min((x for x in sass.loops if count(x.opcodes, *names) >= 0.7 * most), key=lambda x: x.instructions)
+
+
+def _matrix_instructions(config: Config) -> int:
+    """Of one step: the query's halves and the values, half as many for squared lengths, one for the sum of weights."""
+    plan = DecodePlan(config)
+    per_group = 3 * plan.head_tiles * plan.key_steps
+    if plan.sums_squares:
+        per_group += plan.key_steps // 2
+    if plan.centered:
+        per_group += plan.head_tiles
+    return plan.tiles * per_group
 
 
 def _outside(sass: SassFacts, loop: Loop, target: Target) -> Cycles:
@@ -53,18 +59,23 @@ def _quotas(config: Config, bucket: Bucket, splits: int) -> tuple[list[tuple[int
     plan = DecodePlan(config)
     least = plan.token_warps * plan.tiles
     groups = [-(-n // GROUP_TOKENS) for n in bucket.lengths()]
+    pieces = splits
     if config["schedule"] == "stream":
         quota = max(-(-sum(groups) // splits), least)
-        ctas = -(-sum(groups) // quota)
-        ends = [0]
-        for g in groups:
-            ends.append(ends[-1] + g)
-        return [(ctas, quota)], [-(-b // quota) - a // quota for a, b in pairwise(ends)]
-    shared = []
-    for g in groups:
-        quota = -(-max(-(-g // splits), 1) // least) * least
-        shared.append((-(-g // quota), min(quota, g)))
+        pieces = splits // bucket.batch
+        if not pieces or _piece(max(groups), pieces, least) > quota + plan.beginning_steps * least:
+            ctas = -(-sum(groups) // quota)
+            ends = [0]
+            for g in groups:
+                ends.append(ends[-1] + g)
+            return [(ctas, quota)], [-(-b // quota) - a // quota for a, b in pairwise(ends)]
+    shared = [(-(-g // _piece(g, pieces, least)), min(_piece(g, pieces, least), g)) for g in groups if g]
     return shared, [n for n, _ in shared]
+
+
+def _piece(groups: int, pieces: int, least: int) -> int:
+    """Groups of each piece of a request that is cut into ``pieces``, in whole steps of a CTA."""
+    return -(-max(-(-groups // pieces), 1) // least) * least
 
 
 def _reduction_us(config: Config, sharers: list[int], shape: Shape, target: Target) -> float:
@@ -72,7 +83,7 @@ def _reduction_us(config: Config, sharers: list[int], shape: Shape, target: Targ
     slots = sum(n for n in sharers if n > 1)
     if not slots:
         return 0.0
-    row_bytes = 4 * (2 + DecodePlan(config).total_dims) * shape.gqa
+    row_bytes = 4 * (2 + DecodePlan(config).partial_row_floats) * shape.gqa
     bytes_us = 2 * slots * shape.kv_heads * row_bytes / (_L2_FACTOR * target.bandwidth_gbps * 1e3)
     latency_us = LATENCY_US[target.arch]
     if config["reduction"] == "kernel":
@@ -104,9 +115,7 @@ def predict(
         raise UsageError(f"the cubin is for {built.arch}, the target is {target.arch}: build it for {target.arch}")
     plan, problem = DecodePlan(config), config.problem
     loop = hot_loop(sass)
-    # Matrix instructions of a step: the query's two halves and the values, and four for the squared lengths.
-    per_step = 3 * plan.head_tiles + (4 if problem.layout.format.norm_correction else 0)
-    work = plan.tiles * plan.key_steps * per_step if config["math"] == "mma" else 0
+    work = _matrix_instructions(config) if config["math"] == "mma" else 0
     trips = max(1, round(work / max(1, count(loop.opcodes, "HMMA")))) if work else 1
     step = cost(loop.opcodes, loop.stall_cycles, target).times(trips)
     if problem.layout.format.key_codebook and config["lookup"] == "table":

@@ -22,17 +22,18 @@ from tuner.baselines.inputs import (
     DequantConstants,
     TritonConstants,
 )
+from tuner.baselines.store_inputs import StoreInputs
 from tuner.errors import UsageError
 from tuner.space.core import Problem
 
 Run = Callable[[], Any]
-"""Enqueues the work on torch's current stream. Decode: returns out [B, Hq, D]. Dequant: returns (K, V)."""
+"""Enqueues the work on torch's current stream. Decode: returns out [B, Hq, D]. Dequant: (K, V). Store: nothing."""
 
 
 @dataclass(frozen=True)
 class Baseline:
     """One competitor. ``kind``: "triton" (ours, constants open), "vllm" (its own code) or "peer" (uncompressed
-    cache). ``op``: "decode" or "dequant". ``origin`` says whose code runs and how faithful it is."""
+    cache). ``op``: "decode", "dequant" or "store". ``origin`` says whose code runs and how faithful it is."""
 
     name: str
     op: str
@@ -60,6 +61,7 @@ BASELINES: dict[str, Baseline] = {
         Baseline("fa3_fp8", "decode", "peer", "vLLM's FlashAttention-3, paged fp8 cache", "attention"),
         Baseline("flashinfer_bf16", "decode", "peer", "FlashInfer, paged bf16 cache", "attention"),
         Baseline("triton_dequant", "dequant", "triton", "our Triton gather-free dequantisation", "triton_dequant"),
+        Baseline("vllm_store", "store", "vllm", "vLLM's unmodified store: casts, norm, rotation, pack", "vllm_store"),
     )
 }
 
@@ -82,6 +84,8 @@ def split_name(name: str) -> tuple[str, Constants | None]:
     plain, bracket, rest = name.partition("[")
     if not bracket:
         return plain, None
+    if get_baseline(plain).op not in SHIPPED:
+        raise UsageError(f"baseline {plain} has no open constants: expected its plain name")
     try:
         values = {k: int(v) for k, v in (pair.split("=") for pair in rest.removesuffix("]").split(","))}
         return plain, type(SHIPPED[get_baseline(plain).op])(**values)
@@ -104,7 +108,7 @@ def available(device: Any, problem: Problem) -> list[str]:
     return [a.name for a in survey(device, problem) if a.reason is None]
 
 
-def prepare(name: str, inputs: DecodeInputs, constants: Constants | None = None) -> Run:
+def prepare(name: str, inputs: DecodeInputs | StoreInputs, constants: Constants | None = None) -> Run:
     """Allocates what ``name`` needs and returns a call that may be captured in a CUDA graph.
 
     ``constants`` only for kind "triton"; None means as shipped, or as ``name`` spells them (``tuned_name``). Kinds
@@ -121,12 +125,6 @@ def prepare(name: str, inputs: DecodeInputs, constants: Constants | None = None)
     return run
 
 
-def bf16_cache_bytes(inputs: DecodeInputs) -> int:
-    """Bytes of the uncompressed cache that a peer needs beside the compressed one."""
-    blocks = int(inputs.kv_cache.shape[0])
-    return 4 * blocks * inputs.block_size * inputs.kv_heads * inputs.layout.head_dim
-
-
 def _module(baseline: Baseline) -> Any:
     return import_module(f"tuner.baselines.{baseline.module}")
 
@@ -140,9 +138,9 @@ __all__ = [
     "Constants",
     "DecodeInputs",
     "DequantConstants",
+    "StoreInputs",
     "TritonConstants",
     "available",
-    "bf16_cache_bytes",
     "get_baseline",
     "prepare",
     "split_name",

@@ -1,8 +1,9 @@
 """vLLM's own TurboQuant decode kernel, unmodified: from an installed vLLM, or from its sources alone.
 
 ``WPH_VLLM_SOURCE`` names a directory that contains ``vllm/v1/attention/ops/`` with triton_turboquant_decode.py and
-triton_decode_attention.py. Those two files import only ``vllm.platforms`` and ``vllm.triton_utils``, so empty
-packages that point at the directory and two small modules are enough; nothing else of vLLM runs.
+triton_decode_attention.py (for the store also triton_turboquant_store.py). Beside each other those files import only
+``vllm.platforms`` and ``vllm.triton_utils``, so empty packages that point at the directory and two small modules are
+enough; nothing else of vLLM runs.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from tuner.space.core import Problem
 
 SOURCE_VARIABLE = "WPH_VLLM_SOURCE"
 SPLITS = 32
-_MODULE = "vllm.v1.attention.ops.triton_turboquant_decode"
+OPS = "vllm.v1.attention.ops"
+"""The package of vLLM's kernels."""
+_MODULE = f"{OPS}.triton_turboquant_decode"
 _FILES = ("triton_turboquant_decode.py", "triton_decode_attention.py")
 
 
 class _Platform:
-    """What the two files ask of ``current_platform``: which vendor. These baselines run on CUDA or interpreted."""
+    """What the files ask of ``current_platform``: which vendor. These baselines run on CUDA or interpreted."""
 
     def is_cuda(self) -> bool:
         import torch
@@ -44,12 +47,11 @@ class _Platform:
         return False
 
 
-def unavailable(name: str, device: Any, problem: Problem) -> str | None:
-    """Why vLLM's kernel cannot run on ``device`` for ``problem``, or None."""
+def unavailable(name: str, device: Any, problem: Problem, files: tuple[str, ...] = _FILES) -> str | None:
+    """Why vLLM's kernel, whose sources are ``files``, cannot run on ``device`` for ``problem``, or None."""
     if problem.cache_format not in VLLM_PRESETS:
         return f"vLLM has no format {problem.cache_format}"
-    reason = _missing()
-    return reason or no_triton_here(device)
+    return missing_source(files) or no_triton_here(device)
 
 
 def prepare(name: str, inputs: DecodeInputs, constants: Constants | None = None) -> Any:
@@ -88,19 +90,31 @@ def prepare(name: str, inputs: DecodeInputs, constants: Constants | None = None)
 
 def load_launcher() -> Any:
     """vLLM's ``triton_turboquant_decode_attention``. Raises TunerError where vLLM and its sources are missing."""
-    reason = _missing()
+    reason = missing_source()
     if reason:
         raise TunerError(reason)
+    return load_op(_MODULE, "triton_turboquant_decode_attention")
+
+
+def load_op(module: str, launcher: str) -> Any:
+    """``launcher`` of a ``module`` of vLLM's package ``OPS``, from where ``missing_source`` found it.
+
+    Raises TunerError where this vLLM has none: versions without TurboQuant.
+    """
     source = os.environ.get(SOURCE_VARIABLE)
     if source and "vllm" not in sys.modules:
         _install_packages(Path(source))
-    return importlib.import_module(_MODULE).triton_turboquant_decode_attention
+    try:
+        return getattr(importlib.import_module(module), launcher)
+    except (ImportError, AttributeError) as error:
+        raise TunerError(f"this vLLM has no {module}.{launcher}: {error}") from error
 
 
-def _missing() -> str | None:
+def missing_source(files: tuple[str, ...] = _FILES) -> str | None:
+    """What to do where neither vLLM nor ``files`` of its kernels are at hand, or None."""
     source = os.environ.get(SOURCE_VARIABLE)
     if source:
-        missing = [f for f in _FILES if not (Path(source) / "vllm/v1/attention/ops" / f).is_file()]
+        missing = [f for f in files if not (Path(source) / "vllm/v1/attention/ops" / f).is_file()]
         return f"{SOURCE_VARIABLE}={source} has no vllm/v1/attention/ops/{missing[0]}" if missing else None
     if package_folder("vllm"):
         return None

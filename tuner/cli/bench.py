@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
-from tuner.cli.options import CONTEXT_SETTINGS, DEFAULT_FORMAT, INT_LIST, debug_option
+from tuner.cli.options import CONTEXT_SETTINGS, DEFAULT_FORMAT, INT_LIST, debug_option, ensure_writable
 from tuner.cli.output import console
 from tuner.errors import TunerError, UsageError
-
-if TYPE_CHECKING:
-    from tuner.targets import Target
 
 
 @click.command("bench", context_settings=CONTEXT_SETTINGS)
@@ -29,24 +26,50 @@ if TYPE_CHECKING:
     "--concurrency",
     type=INT_LIST,
     default=(1, 2, 4),
-    show_default="1,2,4",
     metavar="LIST",
-    help="Requests decoded together.",
+    help="Requests decoded together.  [default: 1,2,4]",
 )
-@click.option("--context", type=int, default=32768, show_default=True, metavar="N", help="Tokens of each request.")
+@click.option(
+    "--context",
+    "contexts",
+    type=INT_LIST,
+    default=(4096, 32768, 131072),
+    metavar="LIST",
+    help="Tokens of each request.  [default: 4096,32768,131072]",
+)
+@click.option(
+    "--attention-share",
+    type=float,
+    metavar="SHARE",
+    help="Assume that attention takes this share of a step with bf16 (0 to 1), and say what that makes of a step.",
+)
+@click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Also write the times there.")
 @click.option("--gpu", type=int, default=0, show_default=True, metavar="N", help="Which GPU.")
 @click.option(
-    "--budget", type=float, default=5.0, show_default=True, metavar="SECONDS", help="Time for each comparison."
+    "--budget", type=float, default=50.0, show_default=True, metavar="SECONDS", help="Time for all comparisons."
 )
 @debug_option
-def command(model: str, cache_format: str, concurrency: tuple[int, ...], context: int, gpu: int, budget: float) -> None:
-    """Time attention over all layers of a model on the attached GPU, against Triton and uncompressed attention.
+def command(
+    model: str,
+    cache_format: str,
+    concurrency: tuple[int, ...],
+    contexts: tuple[int, ...],
+    attention_share: float | None,
+    path: Path | None,
+    gpu: int,
+    budget: float,
+) -> None:
+    """Time attention over all layers of a model on the attached GPU, against three other ways to attend.
 
-    Contestants run in shuffled, interleaved rounds, each call from a CUDA graph with a cold L2. The kernels are those
-    of the tables that ``install`` or the package put in place, else the default configuration. What is timed is
-    attention only: how much of a step that is depends on the rest of the model, which is not run.
+    bf16: the fastest attention at hand on an uncompressed cache. Seed's path: wph_dequant of the whole cache, then the
+    same bf16 attention. Triton: vLLM's kernel or ours of the same structure, as shipped. WPH: the fused kernel, of the
+    tables that ``install`` or the package put in place, else in its default configuration. Contestants run in shuffled,
+    interleaved rounds, each call from a CUDA graph with a cold L2.
 
-    Example: python tune.py bench --model qwen3.5-122b --concurrency 1,2,4
+    What is timed is attention only. How much of a step that is depends on the rest of the model, which is not run:
+    --attention-share states it as an assumption.
+
+    Example: python tune.py bench --model qwen3.5-122b --concurrency 1,2,4 --attention-share 0.2
     """
     from tuner.formats import get_format
     from tuner.report import terminal
@@ -54,21 +77,36 @@ def command(model: str, cache_format: str, concurrency: tuple[int, ...], context
     from tuner.workload import load_model
 
     get_format(cache_format)
-    for value in (*concurrency, context):
+    for value in (*concurrency, *contexts):
         if value < 1:
             raise UsageError(f"--concurrency and --context count requests and tokens, at least 1: not {value}")
+    if attention_share is not None and not 0 < attention_share <= 1:
+        raise UsageError(f"--attention-share is {attention_share}: expected a share above 0 and at most 1")
+    if not 0 < budget < 86400:
+        raise UsageError(f"--budget is {budget}: expected seconds, above 0 and less than a day")
     workload = load_model(model)
+    if path is not None:
+        ensure_writable(path.parent)
     target = attached(gpu)
     if target is None:
         raise TunerError(f"bench times kernels on a GPU, and GPU {gpu} is not attached: doctor says what is missing")
 
-    from tuner.bench import bench_model
+    from tuner.bench import bench_model, to_json
 
     rows = bench_model(
-        workload, cache_format, concurrency, context, target, gpu=gpu, budget_s=budget, root=Path("build")
+        workload,
+        cache_format,
+        concurrency,
+        contexts,
+        target,
+        gpu=gpu,
+        budget_s=budget,
+        root=Path("build"),
+        tell=lambda line: click.echo(line, err=True),
     )
-    console().print(terminal.steps(workload.name, _where(target), rows))
-
-
-def _where(target: Target) -> str:
-    return f"{target.device_name} ({target.arch})"
+    if path is not None:
+        path.write_text(json.dumps(to_json(workload, cache_format, target, rows, attention_share), indent=1) + "\n")
+    out = console()
+    out.print(terminal.steps(workload.name, f"{target.device_name} ({target.arch})", rows, attention_share))
+    for name, reason in sorted({item for row in rows for item in row.missing.items()}):
+        out.print(f"{name}: not timed: {reason}")

@@ -54,7 +54,7 @@ def problem_options(function: F) -> F:
             "--arch", metavar="ARCH", help="Target, for example sm_90.  [default: the attached GPU's, else sm_121]"
         ),
         click.option(
-            "--op", default="decode", show_default=True, metavar="OP", help="decode or dequant; verb space: store too."
+            "--op", default="decode", show_default=True, metavar="OP", help="decode, dequant or store."
         ),
         click.option(
             "--gqa", type=int, metavar="N", help="Query heads per KV head.  [default: usual for the head dim]"
@@ -90,7 +90,7 @@ def read_workload(head_dim: int | None, model: str | None, gqa: int | None) -> W
 
 
 def problem_of(shape: Shape, op: str, cache_format: str) -> Problem:
-    """The problem that a kernel for ``shape`` solves; a dequantiser serves every group size."""
+    """The problem that a kernel for ``shape`` solves; dequantisation and store know no group size."""
     from tuner.space import Problem
 
     return Problem(op, shape.head_dim, shape.gqa if op == "decode" else 1, cache_format)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +27,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from tuner.search import TuneRequest, TuneResult
+    from tuner.space.core import Value
     from tuner.workload import Workload
 
 MAX_TRIALS = 100_000
 MAX_WORKERS = 1024
-LEAST_TRIALS_PER_LAYOUT = 4
-"""Two of a study's trials are the default and the seed's configuration, whatever their warp count."""
 
 
 @click.command("tune", context_settings=CONTEXT_SETTINGS)
@@ -40,7 +40,8 @@ LEAST_TRIALS_PER_LAYOUT = 4
     "--warps",
     type=INT_LIST,
     metavar="LIST",
-    help="Warps per CTA to try, for example 1,2,4. With --op dequant each gets its own search and they are compared.",
+    help="Warps per CTA to try. Several, as 1,2,4, are compared over a few buckets and no table is written (but for op "
+    "store); by default 16 kernels of each, 90 s of search, 30 s of races.",
 )
 @click.option(
     "--trials", type=int, metavar="N", help="Kernels to try per table.  [default: 160 measured, 96 predicted]"
@@ -50,6 +51,13 @@ LEAST_TRIALS_PER_LAYOUT = 4
     type=float,
     metavar="SECONDS",
     help="End the search of a table after this long.  [default: 360 measured, 180 predicted]",
+)
+@click.option(
+    "--race-timeout",
+    type=float,
+    metavar="SECONDS",
+    help="End what follows it after this long: Triton's constants, and races with the baselines, of which the first "
+    "may take 20 s however little is left.  [default: 75]",
 )
 @click.option("--workers", type=int, metavar="N", help="Compilations at a time.  [default: one per core]")
 @click.option("--gpus", type=INT_LIST, metavar="LIST", help="GPUs that share the search.  [default: 0]")
@@ -88,17 +96,18 @@ def command(head_dim: int | None, model: str | None, gqa: int | None, **options:
 
     toolchain.find()
     out = console()
-    results = []
+    results: list[TuneResult] = []
+    comparisons: list[Path] = []
     for shape, layers in workload.shapes:
         if shape.sliding:
             note = f"head dim {shape.head_dim}: {layers} layers with a sliding window keep vLLM's own kernel, not tuned"
             out.print(note)
     for request in requests:
         out.print(terminal.heading(request))
-        if request.problem.op == "dequant" and len(options["warps"] or ()) > 1:
-            result = _compare_layouts(out, request, helpers)
-        else:
-            result = _search(out, request, helpers)
+        if compares(request.problem.op, request.restrict.get("warps")):
+            comparisons.append(_compare_layouts(out, request))
+            continue
+        result = _search(out, request, helpers)
         out.print(terminal.winners(result.table))
         out.print(terminal.kernels(result.table))
         for line in terminal.summary(result.table):
@@ -107,6 +116,13 @@ def command(head_dim: int | None, model: str | None, gqa: int | None, **options:
     for result in results:
         # Paths are for copying: never wrapped.
         out.print(f"dispatch table: {result.path}", soft_wrap=True)
+    for path in comparisons:
+        out.print(f"comparison: {path}", soft_wrap=True)
+
+
+def compares(op: str, warps: Sequence[Value] | None) -> bool:
+    """Whether warp counts are asked to be compared, rather than a table made."""
+    return len(warps or ()) > 1 and op != "store"
 
 
 def read_requests(
@@ -118,6 +134,7 @@ def read_requests(
     warps: tuple[int, ...] | None,
     trials: int | None,
     timeout: float | None,
+    race_timeout: float | None,
     workers: int | None,
     gpus: tuple[int, ...] | None,
     storage: str | None,
@@ -133,15 +150,14 @@ def read_requests(
     _expect("--trials", trials, 1, MAX_TRIALS)
     _expect("--workers", workers, 1, MAX_WORKERS)
     _expect("--seed", seed, 0, 2**32 - 1)
-    if timeout is not None and not timeout > 0:
-        raise UsageError(f"--timeout is {timeout:g}: expected more than 0 seconds")
+    for option, seconds in (("--timeout", timeout), ("--race-timeout", race_timeout)):
+        if seconds is not None and not seconds > 0:
+            raise UsageError(f"{option} is {seconds:g}: expected more than 0 seconds")
     get_format(cache_format)
-    if op == "store":
-        raise UsageError("--op store is not searched, its default configuration runs: expected decode or dequant")
     shapes = problems_of(workload, op, cache_format)
     restrict = {"warps": warps} if warps else {}
-    if op == "dequant" and len(warps or ()) > 1 and not resume:
-        raise UsageError("--no-resume does not go with a comparison of warp counts: another --seed starts a new one")
+    if compares(op, warps) and len(gpus or ()) > 1:
+        raise UsageError("a comparison of warp counts runs on one GPU: expected one number after --gpus")
     for problem in shapes:
         get_space(problem.op).restricted(restrict)
     devices = gpus or (0,)
@@ -150,16 +166,22 @@ def read_requests(
         expect_attached(target.arch, gpus)
 
     from tuner.search import TuneRequest
+    from tuner.search.predicted import OPS
+    from tuner.workload import store_buckets
 
+    if evidence == "predicted" and op not in OPS:
+        known = " and ".join(OPS)
+        raise UsageError(f"the static model knows {known} only: attach a {target.device_name} to tune {op}")
     return [
         TuneRequest(
             problem=problem,
             shape=shape,
-            buckets=workload.buckets,
+            buckets=store_buckets() if op == "store" else workload.buckets,
             target=target,
             evidence=evidence,
             trials=trials,
             timeout_s=timeout,
+            race_timeout_s=race_timeout,
             seed=seed,
             storage=storage,
             resume=resume,
@@ -180,8 +202,11 @@ def _expect(option: str, value: int | None, low: int, high: int) -> None:
 def _search(out: Console, request: TuneRequest, more_gpus: tuple[int, ...]) -> TuneResult:
     from tuner.cli.helpers import Helpers
     from tuner.cli.progress import ProgressView
-    from tuner.search import tune
+    from tuner.search import DEFAULT_RACE_TIMEOUT_S, DEFAULT_TIMEOUT_S, tune
 
+    search_s = request.timeout_s or DEFAULT_TIMEOUT_S[request.evidence]
+    race_s = request.race_timeout_s or DEFAULT_RACE_TIMEOUT_S
+    out.print(f"at most {search_s:g} s of search, then about {race_s:g} s of races with the baselines")
     with ProgressView(out) as view, Helpers(request, more_gpus) as helpers:
 
         def on_event(event: Any) -> None:
@@ -191,36 +216,24 @@ def _search(out: Console, request: TuneRequest, more_gpus: tuple[int, ...]) -> T
         return tune(request, on_event)
 
 
-def _compare_layouts(out: Console, request: TuneRequest, more_gpus: tuple[int, ...]) -> TuneResult:
-    """A search per warp count with an equal share of the trials, then the table from all of them together."""
-    import tempfile
-
-    from tuner.baselines import BASELINES
+def _compare_layouts(out: Console, request: TuneRequest) -> Path:
+    """One study with an equal share for each warp count, one race of the best of each; prints and keeps the outcome."""
+    from tuner.cli.progress import ProgressView
     from tuner.report import terminal
-    from tuner.report.layouts import layout_row
-    from tuner.search import DEFAULT_TIMEOUT_S, DEFAULT_TRIALS, export_study, import_study
+    from tuner.report.layouts import layout_rows
+    from tuner.search import compare as comparing
 
-    counts = request.restrict["warps"]
-    share = (request.trials or DEFAULT_TRIALS[request.evidence]) // len(counts)
-    timeout_s = (request.timeout_s or DEFAULT_TIMEOUT_S[request.evidence]) / len(counts)
-    rows = []
-    for count in counts:
-        part = replace(
-            request,
-            restrict={**request.restrict, "warps": (count,)},
-            trials=max(LEAST_TRIALS_PER_LAYOUT, share),
-            timeout_s=timeout_s,
-            output=None,
-            baselines=tuple(b.name for b in BASELINES.values() if b.op == request.problem.op),
-        )
-        out.print(f"{count} warps per CTA")
-        rows.append(layout_row(int(count), _search(out, part, more_gpus).table, request.target))
-        with tempfile.TemporaryDirectory() as folder:
-            recording = Path(folder) / "trials.json"
-            export_study(part, recording)
-            import_study(request, recording)
-            known = export_study(request, recording)
-    out.print("all layouts together")
-    result = _search(out, replace(request, trials=known), more_gpus)
-    out.print(terminal.layouts(rows))
-    return result
+    request = replace(request, buckets=comparing.comparison_buckets(request.problem.op))
+    search_s = request.timeout_s or comparing.DEFAULT_TIMEOUT_S
+    race_s = request.race_timeout_s or comparing.DEFAULT_RACE_TIMEOUT_S
+    out.print(f"at most {search_s:g} s of search, the same for each warp count, then about {race_s:g} s of races")
+    with ProgressView(out) as view:
+        comparison = comparing.compare(request, "warps", view)
+    rows = layout_rows(comparison)
+    out.print(terminal.layouts(rows, comparison))
+    out.print(terminal.layout_times(rows, comparison))
+    for row in rows:
+        out.print(f"{row.warps} warps: {row.params}", soft_wrap=True)
+    for value, why in comparison.missing.items():
+        out.print(f"{value} warps: {why}", soft_wrap=True)
+    return comparison.save(request.root / "comparisons")

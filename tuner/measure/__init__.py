@@ -4,10 +4,11 @@
 neither torch nor CuPy: only the child touches the GPU.
 """
 
-from tuner.measure.measurer import Checked, Contestant, Measurer, Race
+from tuner.measure.measurer import FIRST_STEP, Checked, Contestant, Measurer, Race
 from tuner.measure.samples import Failure, Sample, Timing, declare_winner, paired_ratio
 
 __all__ = [
+    "FIRST_STEP",
     "Checked",
     "Contestant",
     "Failure",

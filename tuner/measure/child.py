@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,14 +28,20 @@ from tuner.errors import TunerError
 from tuner.geometry import split_candidates
 from tuner.kernels import device_arch
 from tuner.launch import DecodeCall, DequantCall, LoadedKernel, ResourceError, Workspace
+from tuner.measure.measurer import FIRST_STEP
+from tuner.measure.peer import vllm_errors
 from tuner.measure.pool import Pool
 from tuner.measure.samples import Failure
+from tuner.measure.store_pool import StorePool, check_loaded, store_call
 from tuner.measure.timer import Replay, Timer
+from tuner.measure.two_step import dequantize_then_attend
 from tuner.reference import Case
 from tuner.space import Config
 from tuner.targets import attached, get_target
 from tuner.workload import Bucket, Shape
 
+PREPARING = 0.6
+"""Share of a race's time after which no further contestant is prepared."""
 _CHECK_SPLITS = (1, 3, 16)
 _LOST_CONTEXT = 3
 
@@ -49,6 +57,7 @@ class Child:
         self.target = attached(device) or get_target(device_arch(device))
         self.timer = Timer()
         self.pool = Pool(block_size, pool_bytes, seed)
+        self.store_pool = StorePool(block_size, seed)
         self.workspace = Workspace(device)
         self._dequantized: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
 
@@ -63,6 +72,8 @@ class Child:
 
     def _check(self, kernel: LoadedKernel, level: Any, kv_heads: int) -> CheckResult:
         problem = kernel.config.problem
+        if problem.op == "store":
+            return check_loaded(kernel, level, kv_heads)
         if problem.op == "dequant":
 
             def run_dequant(case: Case, key: Tensor, value: Tensor) -> None:
@@ -70,35 +81,46 @@ class Child:
 
             return check_dequant(run_dequant, problem, device="cuda", level=level, kv_heads=kv_heads)
         results = []
+        bar = vllm_errors(problem, "cuda", level, kv_heads)
         for splits in _CHECK_SPLITS:
 
             def run(case: Case, out: Tensor, splits: int = splits) -> None:
                 self._decode_call(kernel, case, out, splits)()
 
-            results.append(check_decode(run, problem, device="cuda", level=level, kv_heads=kv_heads))
+            results.append(
+                check_decode(run, problem, device="cuda", level=level, kv_heads=kv_heads, peer_errors=bar)
+            )
             if not results[-1].passed:
                 detail = f"splits {splits}: {results[-1].detail}"
                 return CheckResult(False, results[-1].worst_error, detail)
         return max(results, key=lambda r: r.worst_error)
 
     def time(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """Short runs on every bucket and split count."""
+        """Short runs on every bucket and split count; a bucket that the memory does not suffice for has none."""
         config, shape = Config.from_dict(request["config"]), Shape(**request["shape"])
         buckets = {b.key: b for b in (Bucket(**b) for b in request["buckets"])}
-        cases = self.pool.cases(shape, config.problem.cache_format, list(buckets.values()))
+        pool, coming = self._pool(config.problem.op), [Bucket(**b) for b in request["reserve"]]
+        pool.reserve(shape, config.problem.cache_format, [*buckets.values(), *coming])  # grows once
+        cases = pool.cases(shape, config.problem.cache_format, list(buckets.values()))
         timings = []
         with self._loaded(config, request["cubin"]) as kernel:
             for key, case in cases.items():
-                for splits in self._splits(config, request, shape, buckets[key]):
-                    replay = self.timer.capture(self._prepare(kernel, case, splits))
-                    timings.append({"bucket": key, "splits": splits, "sample": asdict(self.timer.short(replay))})
-                    del replay  # the graph, before the module that it launches
+                try:
+                    for splits in self._splits(config, request, shape, buckets[key]):
+                        replay = self.timer.capture(self._prepare(kernel, case, splits))
+                        timings.append({"bucket": key, "splits": splits, "sample": asdict(self.timer.short(replay))})
+                        del replay  # the graph, before the module that it launches
+                except torch.cuda.OutOfMemoryError as e:
+                    print(f"{key}: {_failure(e).message}", file=sys.stderr)
+                    self._dequantized.clear()
+                    self._release()
         return timings
 
     def baseline(self, request: dict[str, Any]) -> list[dict[str, Any]]:
         """Short runs of one baseline on every bucket that it has the memory for."""
         shape, name = Shape(**request["shape"]), request["name"]
-        cases = self.pool.cases(shape, request["cache_format"], [Bucket(**b) for b in request["buckets"]])
+        buckets = [Bucket(**b) for b in request["buckets"]]
+        cases = self._pool(request["kernel_op"]).cases(shape, request["cache_format"], buckets)
         timings = []
         for key, case in cases.items():
             with suppress(torch.cuda.OutOfMemoryError):
@@ -108,9 +130,17 @@ class Child:
         return timings
 
     def race(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Interleaved rounds of kernels and baselines on one bucket."""
+        """Interleaved rounds of kernels and baselines on one bucket.
+
+        Contestants are prepared in the order given, as long as ``PREPARING`` of ``total_s`` lasts; the rounds take what
+        is left of it, ``budget_s`` at most.
+        """
+        start, total_s = time.monotonic(), request["total_s"] or math.inf
         shape, bucket = Shape(**request["shape"]), Bucket(**request["bucket"])
-        cases = self.pool.cases(shape, request["cache_format"], [bucket])
+        coming = [Bucket(**b) for b in request["reserve"]]
+        pool = self._pool(request["kernel_op"])
+        pool.reserve(shape, request["cache_format"], [bucket, *coming])
+        cases = pool.cases(shape, request["cache_format"], [bucket])
         if bucket.key not in cases:
             raise TunerError(f"bucket {bucket.key} does not fit: its cache needs more memory than may be used")
         case = cases[bucket.key]
@@ -119,6 +149,9 @@ class Child:
         failures: dict[str, dict[str, Any]] = {}
         for contestant in request["contestants"]:
             name = contestant["name"]
+            if replays and time.monotonic() - start > PREPARING * total_s:
+                failures[name] = asdict(Failure("timeout", f"no time left of {total_s:.1f} s to prepare it"))
+                continue
             try:
                 if contestant["config"] is None:
                     call = self._prepare_baseline(name, request["kernel_op"], case)
@@ -126,10 +159,14 @@ class Child:
                     config = Config.from_dict(contestant["config"])
                     kernels.append(LoadedKernel.load(Path(contestant["cubin"]), config, self.device))
                     call = self._prepare(kernels[-1], case, contestant["splits"])
+                    if name.startswith(FIRST_STEP):
+                        rows, second = self._dequant_outputs(case), name.removeprefix(FIRST_STEP)
+                        call = dequantize_then_attend(call, *rows, case, second)
                 replays[name] = self.timer.capture(call)
             except (TunerError, torch.cuda.OutOfMemoryError) as e:
                 failures[name] = asdict(_failure(e))
-        rounds, samples = self.timer.race(replays, request["budget_s"]) if replays else ({}, {})
+        left_s = min(request["budget_s"], total_s - (time.monotonic() - start))
+        rounds, samples = self.timer.race(replays, left_s) if replays else ({}, {})
         replays.clear()
         self._release()
         for kernel in kernels:
@@ -160,7 +197,13 @@ class Child:
             target=self.target,
         )
 
-    def _prepare(self, kernel: LoadedKernel, case: Case, splits: int) -> Callable[[], None]:
+    def _pool(self, op: str) -> Any:
+        return self.store_pool if op == "store" else self.pool
+
+    def _prepare(self, kernel: LoadedKernel, case: Any, splits: int) -> Callable[[], None]:
+        """A call of ``kernel`` on a case of its op's pool."""
+        if kernel.config.problem.op == "store":
+            return store_call(kernel, case)
         if kernel.config.problem.op == "dequant":
             return self._dequant_call(kernel, case, *self._dequant_outputs(case))
         return self._decode_call(kernel, case, torch.empty_like(case.query), splits)
@@ -191,17 +234,18 @@ class Child:
             self._dequantized[shape] = (key, value)
         return self._dequantized[shape]
 
-    def _prepare_baseline(self, name: str, op: str, case: Case) -> Callable[[], Any]:
+    def _prepare_baseline(self, name: str, op: str, case: Any) -> Callable[[], Any]:
         baseline = get_baseline(split_name(name)[0])
         if baseline.op != op:
             raise TunerError(f"baseline {name} is of op {baseline.op}: expected one of op {op}")
-        return prepare(name, self.pool.inputs(case, dense=baseline.kind == "peer"))
+        return prepare(name, self._pool(op).inputs(case, dense=baseline.kind == "peer"))
 
     def forget_scratch(self) -> None:
         """New scratch: a kernel that went wrong may have left counters that are not zero."""
         self.workspace = Workspace(self.device)
 
     def _release(self) -> None:
+        self.pool.forget_dense()
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -18,13 +18,17 @@ from tuner.workload import Bucket, Shape
 if TYPE_CHECKING:
     from typing import Self
 
-
 _IMPORT_ROOT = Path(__file__).resolve().parents[2]
+FIRST_STEP = "dequantize+"
+"""In a race of op decode, a dequantiser is called by this and the baseline that attends after it."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who races: a kernel (``config``, ``cubin``, ``splits``) or, where those are None, the baseline ``name``."""
+    """Who races: a kernel (``config``, ``cubin``, ``splits``) or, where those are None, the baseline ``name``.
+
+    ``dequantize+sdpa_bf16`` with a dequantiser is both steps in one call.
+    """
 
     name: str
     config: Config | None = None
@@ -34,9 +38,10 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Race:
-    """Times per contestant, index i of each taken in the same shuffled round; failures by name."""
+    """Times per contestant, index i of each taken in the same shuffled round, None where it sat that one out;
+    failures by name."""
 
-    rounds_us: dict[str, tuple[float, ...]]
+    rounds_us: dict[str, tuple[float | None, ...]]
     samples: dict[str, Sample]
     failures: dict[str, Failure]
 
@@ -102,10 +107,12 @@ class Measurer:
         buckets: Sequence[Bucket],
         *,
         splits: Sequence[int] | None = None,
+        reserve: Sequence[Bucket] = (),
     ) -> list[Timing] | Failure:
-        """Short runs of one kernel on every bucket that fits the pool, for each of ``splits``.
+        """Short runs of one kernel on every bucket that fits the pool and the memory, for each of ``splits``.
 
-        ``splits`` None: the candidates of ``geometry.split_candidates`` per bucket. Op dequant ignores splits (1).
+        ``splits`` None: the candidates of ``geometry.split_candidates`` per bucket. Only op decode has splits (else 1).
+        ``reserve``: buckets that will be timed next.
         """
         payload = {
             "config": config.to_dict(),
@@ -114,6 +121,7 @@ class Measurer:
             "shape": asdict(shape),
             "buckets": [asdict(bucket) for bucket in buckets],
             "splits": None if splits is None else list(splits),
+            "reserve": [asdict(bucket) for bucket in reserve],
         }
         answer = self._request("time", payload)
         return answer if isinstance(answer, Failure) else _timings(answer)
@@ -148,9 +156,13 @@ class Measurer:
         *,
         op: str = "decode",
         budget_s: float = 5.0,
+        total_s: float | None = None,
+        reserve: Sequence[Bucket] = (),
     ) -> Race | Failure:
         """Shuffled interleaved rounds until every median's interval is under 1% or ``budget_s`` has passed.
 
+        ``total_s`` bounds preparation and rounds together, but for the least samples of those that are prepared: the
+        last contestants of the list then fail as timeouts. ``reserve``: buckets that will be raced next.
         A contestant that cannot be prepared is among ``failures``; one that crashes ends the race with a Failure.
         """
         payload = {
@@ -168,8 +180,10 @@ class Measurer:
             "cache_format": cache_format,
             "bucket": asdict(bucket),
             "budget_s": budget_s,
+            "total_s": total_s,
+            "reserve": [asdict(b) for b in reserve],
         }
-        answer = self._request("race", payload, self.timeout_s + budget_s)
+        answer = self._request("race", payload, self.timeout_s + max(budget_s, total_s or 0.0))
         if isinstance(answer, Failure):
             return answer
         return Race(

@@ -26,9 +26,16 @@ class Pool:
         self._key: tuple[SlotLayout, int] | None = None
         self._cache: Tensor | None = None
         self._cases: dict[tuple[str, int], Case] = {}
+        self._dense: tuple[Case, tuple[Tensor, Tensor]] | None = None
 
     def cases(self, shape: Shape, cache_format: str, buckets: Sequence[Bucket]) -> dict[str, Case]:
         """A case per bucket that fits, by bucket key."""
+        layout = slot_layout(cache_format, shape.head_dim)
+        fitting = self.reserve(shape, cache_format, buckets)
+        return {bucket.key: self._case(layout, shape, bucket) for bucket in fitting}
+
+    def reserve(self, shape: Shape, cache_format: str, buckets: Sequence[Bucket]) -> list[Bucket]:
+        """Makes the cache large enough for all of ``buckets`` that fit; returns those."""
         layout = slot_layout(cache_format, shape.head_dim)
         block_bytes = self._block_size * shape.kv_heads * layout.token_bytes
         self._select(layout, shape.kv_heads)
@@ -36,10 +43,13 @@ class Pool:
         fitting = [bucket for bucket in buckets if self._blocks(bucket) <= limit]
         if fitting:
             self._grow(layout, shape.kv_heads, max(map(self._blocks, fitting)), limit)
-        return {bucket.key: self._case(layout, shape, bucket) for bucket in fitting}
+        return fitting
 
     def inputs(self, case: Case, *, dense: bool) -> DecodeInputs:
-        """What a baseline takes; ``dense``: with an uncompressed cache, of only as many blocks as the case uses."""
+        """What a baseline takes; ``dense``: with an uncompressed cache, of only as many blocks as the case uses.
+
+        Peers of the same case share that cache until ``forget_dense()``: it may be half of the memory.
+        """
         if not dense:
             return DecodeInputs.of(case)
         lengths = case.seq_lens.tolist()
@@ -50,8 +60,18 @@ class Pool:
         def rows() -> Tensor:
             return torch.empty(shape, dtype=torch.bfloat16, device="cuda").normal_(generator=generator)
 
+        def both() -> tuple[Tensor, Tensor]:
+            if self._dense is None or self._dense[0] is not case:
+                self._dense = None
+                self._dense = (case, (rows(), rows()))
+            return self._dense[1]
+
         small = replace(case, kv_cache=case.kv_cache[:used], block_table=self._table(lengths, used, generator))
-        return DecodeInputs.of(small, lambda: (rows(), rows()))
+        return DecodeInputs.of(small, both)
+
+    def forget_dense(self) -> None:
+        """Lets go of the uncompressed cache."""
+        self._dense = None
 
     def _select(self, layout: SlotLayout, kv_heads: int) -> None:
         if self._key != (layout, kv_heads):

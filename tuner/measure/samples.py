@@ -59,20 +59,28 @@ class Failure:
     message: str
 
 
-def paired_ratio(a_us: Sequence[float], b_us: Sequence[float], *, seed: int = 0) -> tuple[float, float, float]:
-    """Median of a/b over rounds, and the ends of its 95% bootstrap interval; below 1 means that a is faster."""
-    ratios = np.asarray(a_us, dtype=np.float64) / np.asarray(b_us, dtype=np.float64)
+Times = Sequence[float | None]
+"""Times of one contestant by round, None in rounds that it sat out."""
+
+
+def paired_ratio(a_us: Times, b_us: Times, *, seed: int = 0) -> tuple[float, float, float]:
+    """Median of a/b over the rounds that both ran in (at least one), and the ends of its 95% bootstrap interval.
+
+    Below 1 means that a is faster.
+    """
+    pairs = [(a, b) for a, b in zip(a_us, b_us, strict=True) if a is not None and b is not None]
+    ratios = np.array([a / b for a, b in pairs], dtype=np.float64)
     low, high = _interval(np.median(_resample(ratios, seed), axis=1))
     return float(np.median(ratios)), low, high
 
 
-def declare_winner(rounds_us: Mapping[str, Sequence[float]], simplicity: Sequence[str]) -> tuple[str, bool]:
+def declare_winner(rounds_us: Mapping[str, Times], simplicity: Sequence[str]) -> tuple[str, bool]:
     """(winner, is a tie). ``rounds_us``: paired times per contestant; ``simplicity``: names, simplest first.
 
     The contestant with the least median wins if the interval of its paired ratio to every simpler one excludes 1;
     otherwise the simplest of those that it cannot be told from stands, and it is a tie.
     """
-    fastest = min(simplicity, key=lambda name: float(np.median(rounds_us[name])))
+    fastest = min(simplicity, key=lambda name: float(np.median([t for t in rounds_us[name] if t is not None])))
     for simpler in simplicity[: simplicity.index(fastest)]:
         _, _, high = paired_ratio(rounds_us[fastest], rounds_us[simpler])
         if high >= 1.0:

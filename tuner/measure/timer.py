@@ -5,18 +5,19 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from tuner.measure.clock import Clock
 from tuner.measure.samples import Sample
+from tuner.measure.turns import Turns, short_samples
 
 _MIN_FLUSH_BYTES = 256 << 20
-_WARM_UP = 3
+_WARM_UP = 2
+_WARM_ABOVE_US = 20_000.0  # no start of a fast call takes as long
 _SHORT_RUN = 9
-_FEW_ABOVE_US = 20_000.0  # a call this slow is ranked on few samples: it will not win
 _FIRST_LOOK = 16  # rounds
 _NEXT_LOOK = 1.3  # times as many: the bootstrap costs more than the rounds
 _CLOSE_ENOUGH = 0.01
@@ -60,9 +61,8 @@ class Timer:
         return _Captured(graph, call)
 
     def short(self, replay: Replay) -> Sample:
-        """A quick median for ranking: a few samples, the CPU waiting only after all of them."""
-        probe = self._batch([replay] * _WARM_UP)
-        count = _SHORT_RUN if min(probe) < _FEW_ABOVE_US else _WARM_UP
+        """A quick median for ranking: a few samples, fewer of a slow call, the CPU waiting only after all of them."""
+        count = short_samples(self._warm_up(replay), _SHORT_RUN)
         before = self.clock.read_mhz()
         times = self._batch([replay] * count)
         after = self.clock.read_mhz()
@@ -74,31 +74,41 @@ class Timer:
 
     def race(
         self, replays: Mapping[str, Replay], budget_s: float, seed: int = 0
-    ) -> tuple[dict[str, list[float]], dict[str, Sample]]:
-        """Shuffled rounds of every contestant; (times by round, summaries). Throttled rounds are dropped for all.
+    ) -> tuple[dict[str, list[float | None]], dict[str, Sample]]:
+        """Shuffled rounds; (times by round, summaries). Throttled rounds are dropped for all.
 
-        Where every round was throttled, all of them count and ``Sample.throttled`` says so.
+        A contestant much slower than the fastest sits out most rounds (``Turns``): its time there is None. Ends when
+        every median's interval is under 1%, or after ``budget_s`` but not before everyone has its least number of
+        samples. Where every round was throttled, all of them count and ``Sample.throttled`` says so.
         """
-        order = list(replays)
         shuffler = random.Random(seed)
         rounds: list[dict[str, float]] = []
         clocks: list[float | None] = []
         deadline = time.monotonic() + budget_s
         look = _FIRST_LOOK
-        self._batch([replays[name] for name in order for _ in range(_WARM_UP)])
+        turns = Turns({name: self._warm_up(replay) for name, replay in replays.items()})
         while True:
-            while len(rounds) < look and (len(rounds) < 2 or time.monotonic() < deadline):
+            while len(rounds) < look and (len(rounds) < turns.least_rounds or time.monotonic() < deadline):
+                order = turns.in_round(len(rounds))
                 shuffler.shuffle(order)
                 rounds.append(dict(zip(order, self._batch([replays[name] for name in order]), strict=True)))
                 clocks.append(self.clock.read_mhz())
             dropped = [self.clock.throttled(c) for c in clocks]
-            kept = [i for i, drop in enumerate(dropped) if not drop] or list(range(len(rounds)))
-            times = {name: [rounds[i][name] for i in kept] for name in replays}
+            kept = unthrottled(rounds, dropped)
+            times = {name: [rounds[i].get(name) for i in kept] for name in replays}
             middle = _median([c for i in kept if (c := clocks[i]) is not None])
-            samples = {n: Sample.of(t, clock_mhz=middle, throttled=sum(dropped)) for n, t in times.items()}
+            samples = {
+                n: Sample.of([x for x in t if x is not None], clock_mhz=middle, throttled=sum(dropped))
+                for n, t in times.items()
+            }
             if time.monotonic() >= deadline or all(s.relative_ci < _CLOSE_ENOUGH for s in samples.values()):
                 return times, samples
             look = int(_NEXT_LOOK * len(rounds)) + 1
+
+    def _warm_up(self, replay: Replay) -> float:
+        """Microseconds that a call takes about; a very slow one is warm after one run."""
+        first = self._batch([replay])[0]
+        return first if first > _WARM_ABOVE_US else min(self._batch([replay] * _WARM_UP))
 
     def _batch(self, replays: list[Replay]) -> list[float]:
         """Microseconds of each replay, the L2 flushed before each; one wait at the end."""
@@ -110,6 +120,13 @@ class Timer:
             end.record()
         torch.cuda.synchronize()
         return [1000.0 * start.elapsed_time(end) for start, end in events]
+
+
+def unthrottled(rounds: Sequence[Mapping[str, float]], dropped: Sequence[bool]) -> list[int]:
+    """Rounds that count: those without throttling, or all where a contestant ran in none of those."""
+    kept = [i for i, drop in enumerate(dropped) if not drop]
+    everyone = set().union(*rounds)
+    return kept if set().union(*(rounds[i] for i in kept)) == everyone else list(range(len(rounds)))
 
 
 def _median(values: list[float]) -> float | None:

@@ -3,65 +3,65 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tuner.report.rows import geometric_mean, rows
-from tuner.table.schema import Kernel, Table
+from tuner.report.rows import fastest, geometric_mean
 from tuner.targets import Target
 
-REGISTER_GRANULE = 256
-"""Registers are given to a warp in units of this many (CUDA occupancy rules, compute capability 7 to 12)."""
-SYSTEM_SHARED_BYTES = 1024
-"""Shared memory that the driver takes per CTA (compute capability 8 and later)."""
+if TYPE_CHECKING:
+    from tuner.search.compare import Comparison
 
 
 @dataclass(frozen=True)
 class LayoutRow:
-    """The best kernels found with ``warps`` per CTA.
+    """The best kernel found with ``warps`` per CTA, of ``tried``.
 
-    ``time_us`` and ``context``/``batch`` are those of the largest bucket, ``limit_share`` and ``triton_ratio`` (times
-    faster than the Triton twin, None where not timed) geometric means over all buckets. ``occupancy``: resident warps
-    over the SM's maximum.
+    ``times_us``: bucket key -> us. ``limit_share``, ``behind`` (time over the fastest of all warp counts) and
+    ``triton_ratio`` (times faster than Triton as shipped, None where not timed) are geometric means over the buckets.
+    ``occupancy``: resident warps over the SM's maximum.
     """
 
     warps: int
-    batch: int
-    context: int
-    time_us: float
+    tried: int
+    times_us: dict[str, float]
     limit_share: float
+    behind: float
     triton_ratio: float | None
     registers: int
     shared_bytes: int
     occupancy: float
+    params: str
     evidence: str
 
 
-def layout_row(warps: int, table: Table, target: Target) -> LayoutRow:
-    """The line of one warp count, from the table that its own search made."""
-    buckets = rows(table)
-    largest = max(buckets, key=lambda r: r.limit_us)
-    kernel = table.kernel(largest.kernel)
-    ratios = [ratio for r in buckets if (ratio := r.speedup(r.shipped_us)) is not None]
-    return LayoutRow(
-        warps=warps,
-        batch=largest.batch,
-        context=largest.context,
-        time_us=largest.time_us,
-        limit_share=geometric_mean(r.limit_share for r in buckets) or 0.0,
-        triton_ratio=geometric_mean(ratios),
-        registers=kernel.registers,
-        shared_bytes=kernel.shared_bytes,
-        occupancy=resident_warps(kernel, warps, target) / target.max_warps,
-        evidence=table.evidence,
-    )
+def layout_rows(comparison: Comparison) -> list[LayoutRow]:
+    """A line per warp count."""
+    target, names = comparison.request.target, comparison.request.baselines or ()
+    times = {c.value: {b: t.median_us for b, t in c.times.items()} for c in comparison.contenders}
+    best = {b: min(row[b] for row in times.values() if b in row) for row in times.values() for b in row}
+    found = []
+    for c in comparison.contenders:
+        own, warps = times[c.value], c.candidate.config["warps"]
+        shipped = {b: fastest(comparison.baselines_us.get(b, {}), names) for b in own}
+        found.append(
+            LayoutRow(
+                warps=warps,
+                tried=c.tried,
+                times_us=own,
+                limit_share=geometric_mean(comparison.limits_us[b] / us for b, us in own.items()) or 0.0,
+                behind=geometric_mean(us / best[b] for b, us in own.items()) or 1.0,
+                triton_ratio=geometric_mean(s / own[b] for b, s in shipped.items() if s is not None),
+                registers=c.candidate.registers,
+                shared_bytes=c.candidate.shared_bytes,
+                occupancy=resident_warps(c.candidate.registers, c.candidate.shared_bytes, warps, target)
+                / target.max_warps,
+                params=" ".join(f"{n}={v}" for n, v in c.candidate.config.params if n != "warps"),
+                evidence=comparison.request.evidence,
+            )
+        )
+    return found
 
 
-def resident_warps(kernel: Kernel, warps: int, target: Target) -> int:
+def resident_warps(registers: int, shared_bytes: int, warps: int, target: Target) -> int:
     """Warps per SM that registers, shared memory and the CTA limit allow (CUDA programming guide, occupancy)."""
-    per_warp = -(-kernel.registers * 32 // REGISTER_GRANULE) * REGISTER_GRANULE
-    ctas = min(
-        target.max_ctas,
-        target.max_warps // warps,
-        target.registers // (per_warp * warps),
-        target.shared_bytes_per_sm // (kernel.shared_bytes + SYSTEM_SHARED_BYTES),
-    )
-    return ctas * warps
+    return warps * target.resident_ctas(warps, registers, shared_bytes)

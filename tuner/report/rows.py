@@ -10,7 +10,7 @@ from tuner.table.schema import BatchEntry, BucketEntry, Table, Timing
 
 # Role -> names of baselines that may play it; the fastest one that was timed does. A tuned Triton kernel is called by
 # the constants that were found for it, as in triton[block_kv=16,...].
-SHIPPED = ("vllm_triton", "triton", "triton_dequant")
+SHIPPED = ("vllm_triton", "triton", "triton_dequant", "vllm_store")
 BF16 = ("fa3_bf16", "flashinfer_bf16", "sdpa_bf16")
 
 
@@ -60,11 +60,14 @@ def summary(table: Table) -> list[str]:
     """Lines that sum the table up: speed-ups as geometric mean and worst, and the share of the memory limit."""
     buckets = rows(table)
     lines = []
-    for name, times in (
+    roles = [
         ("Triton as shipped", [r.speedup(r.shipped_us) for r in buckets]),
         ("the same Triton kernel, tuned", [r.speedup(r.tuned_us) for r in buckets]),
         ("bf16 attention", [r.speedup(r.bf16_us) for r in buckets]),
-    ):
+    ]
+    if table.problem.op == "store":
+        roles = [("vLLM's launches", roles[0][1])]
+    for name, times in roles:
         known = [t for t in times if t is not None]
         mean = geometric_mean(known)
         if mean is None:

@@ -9,6 +9,12 @@ from html import escape
 
 WIDTH, HEIGHT = 460, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 14, 40
+_TITLE_HEIGHT, _LEGEND_HEIGHT, _LEGEND_COLUMNS = 24, 16, 4
+_STYLE = (
+    "text { font: 10.5px system-ui, sans-serif; } .title { font-size: 12px; text-anchor: middle; } "
+    ".grid { stroke: #ccc; stroke-width: .6; } .x, .axis { text-anchor: middle; } .y { text-anchor: end; }"
+)
+"""Of a plot that is a file of its own; on a page the page's style holds."""
 # Colours that stay apart for most colour-blind readers (Okabe and Ito).
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
 
@@ -118,3 +124,25 @@ def _log_ticks(low: float, high: float) -> list[float]:
         if len(ticks) >= 3:
             break
     return ticks
+
+
+def standalone(svg: str, series: Sequence[Series], title: str) -> str:
+    """What ``line_plot`` made as a file of its own: with title, legend and style, on white."""
+    rows = -(-len(series) // _LEGEND_COLUMNS)
+    height = HEIGHT + _TITLE_HEIGHT + rows * _LEGEND_HEIGHT
+    inner = svg.partition("\n")[2].rpartition("\n")[0]
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 {-_TITLE_HEIGHT} {WIDTH} {height}" width="{WIDTH}" '
+        f'height="{height}" role="img" aria-label="{escape(title, quote=True)}">',
+        f"<style>{_STYLE}</style>",
+        f'<rect y="{-_TITLE_HEIGHT}" width="{WIDTH}" height="{height}" fill="#fff"/>',
+        f'<text class="title" x="{WIDTH / 2:.0f}" y="-8">{escape(title)}</text>',
+        inner,
+    ]
+    for i, one in enumerate(series):
+        x = _LEFT + (i % _LEGEND_COLUMNS) * (WIDTH - _LEFT) / _LEGEND_COLUMNS
+        y = HEIGHT + (i // _LEGEND_COLUMNS) * _LEGEND_HEIGHT + 6
+        colour = COLOURS[i % len(COLOURS)]
+        parts.append(f'<line x1="{x:.0f}" x2="{x + 18:.0f}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<text x="{x + 23:.0f}" y="{y + 4}">{escape(one.name)}</text>')
+    return "\n".join([*parts, "</svg>\n"])

@@ -9,18 +9,36 @@ from typing import TYPE_CHECKING
 from rich.table import Table as Grid
 from rich.text import Text
 
+from tuner.report.fitted import Column, Fitted
 from tuner.report.layouts import LayoutRow
-from tuner.report.rows import BF16, SHIPPED, fastest, rows, summary
+from tuner.report.rows import fastest, rows, summary
 from tuner.space import Problem, Space
 from tuner.space.census import Census
 from tuner.table.schema import Table
 
 if TYPE_CHECKING:
     from tuner.bench import StepRow
-    from tuner.doctor import Finding
+    from tuner.findings import Finding
     from tuner.search import TuneRequest
+    from tuner.search.compare import Comparison
 
-__all__ = ["axes", "constraints", "findings", "heading", "layouts", "problem_title", "summary", "winners"]
+__all__ = [
+    "axes",
+    "constraints",
+    "findings",
+    "heading",
+    "kernel_names",
+    "kernels",
+    "layout_times",
+    "layouts",
+    "problem_title",
+    "steps",
+    "summary",
+    "times",
+    "tokens",
+    "us",
+    "winners",
+]
 
 
 def us(time_us: float | None) -> str:
@@ -51,33 +69,51 @@ def heading(request: TuneRequest) -> str:
     return f"{title}; {how}"
 
 
-def winners(table: Table) -> Grid:
+def winners(table: Table) -> Fitted:
     """One line per bucket: the winner, its share of the memory limit, and how many times faster than each baseline."""
-    grid = Grid(
-        title=problem_title(table.problem, table.device.name, table.device.arch),
-        title_justify="left",
-        caption="x: times faster than the baseline in the column. limit: compressed bytes / achievable bandwidth.",
-        caption_justify="left",
+    if table.problem.op == "store":
+        return _stores(table)
+    columns = (
+        *(Column("batch"), Column("context"), Column("time us"), Column("of limit", 2)),
+        *(Column("Triton shipped"), Column("Triton tuned", 3), Column("bf16"), Column("splits", 4)),
+        *(Column("kernel", 1, "left"), Column("evidence", 0, "left")),
     )
-    for name in ("batch", "context", "time us", "of limit", "Triton shipped", "Triton tuned", "bf16", "splits"):
-        grid.add_column(name, justify="right", no_wrap=True)
-    grid.add_column("kernel", no_wrap=True)
-    grid.add_column("evidence", no_wrap=True)
     short = kernel_names(table)
+    lines: list[tuple[str, ...] | None] = []
     for _, group in groupby(rows(table), key=lambda row: row.batch):
         for row in group:
-            grid.add_row(
-                str(row.batch),
-                tokens(row.context) + (" ragged" if row.ragged else ""),
-                us(row.time_us),
-                f"{row.limit_share:.0%}",
-                *(times(row.speedup(b)) for b in (row.shipped_us, row.tuned_us, row.bf16_us)),
-                str(row.splits),
-                short[row.kernel],
-                row.evidence,
+            context = tokens(row.context) + (" ragged" if row.ragged else "")
+            ratios = (times(row.speedup(b)) for b in (row.shipped_us, row.tuned_us, row.bf16_us))
+            share, choice = f"{row.limit_share:.0%}", (str(row.splits), short[row.kernel])
+            lines.append((str(row.batch), context, us(row.time_us), share, *ratios, *choice, row.evidence))
+        lines.append(None)
+    return Fitted(
+        problem_title(table.problem, table.device.name, table.device.arch),
+        "x: times faster than the baseline in the column. limit: compressed bytes / achievable bandwidth.",
+        columns,
+        lines,
+    )
+
+
+def _stores(table: Table) -> Fitted:
+    """Likewise for op store, whose buckets are tokens in one call."""
+    columns = (
+        *(Column("tokens"), Column("time us"), Column("of limit", 2), Column("vLLM")),
+        *(Column("kernel", 1, "left"), Column("evidence", 0, "left")),
+    )
+    short = kernel_names(table)
+    return Fitted(
+        problem_title(table.problem, table.device.name, table.device.arch),
+        "x: times faster than vLLM's launches. limit: bytes of rows and slots / achievable bandwidth.",
+        columns,
+        [
+            (
+                *(tokens(row.batch), us(row.time_us), f"{row.limit_share:.0%}"),
+                *(times(row.speedup(row.shipped_us)), short[row.kernel], row.evidence),
             )
-        grid.add_section()
-    return grid
+            for row in rows(table)
+        ],
+    )
 
 
 def kernel_names(table: Table) -> dict[str, str]:
@@ -102,58 +138,82 @@ def kernels(table: Table) -> Grid:
     return grid
 
 
-def layouts(lines: Sequence[LayoutRow]) -> Grid:
+def layouts(lines: Sequence[LayoutRow], comparison: Comparison) -> Fitted:
     """The best kernel of each warp count."""
-    largest = lines[0]
-    where = f"batch {largest.batch}, context {tokens(largest.context)}"
-    grid = Grid(
-        title="warps per CTA compared",
-        title_justify="left",
-        caption=f"time, registers and occupancy: {where}. Others: geometric mean over all buckets.",
-        caption_justify="left",
-    )
-    for name in ("warps", "time us", "of limit", "vs Triton twin", "registers", "shared KB", "occupancy"):
-        grid.add_column(name, justify="right", no_wrap=True)
-    grid.add_column("evidence", no_wrap=True)
-    for line in lines:
-        grid.add_row(
+    request = comparison.request
+    names = ("warps", "tried", "of limit", "behind", "vs Triton", "registers", "shared KB", "occupancy")
+    rows_of = [
+        (
             str(line.warps),
-            us(line.time_us),
+            str(line.tried),
             f"{line.limit_share:.0%}",
+            f"{line.behind:.3f}",
             times(line.triton_ratio),
             str(line.registers),
             f"{line.shared_bytes / 1024:.1f}",
             f"{line.occupancy:.0%}",
             line.evidence,
         )
-    return grid
-
-
-def steps(model: str, device: str, lines: Sequence[StepRow]) -> Grid:
-    """Attention time of a decode step over all layers, by concurrency."""
-    layers = lines[0].layers
-    grid = Grid(
-        title=f"{model} on {device}: attention per decode step, {layers} layers, context {tokens(lines[0].context)}",
-        title_justify="left",
-        caption="us, measured; x: times faster than the baseline in the column. The rest of a step is not run.",
-        caption_justify="left",
+        for line in lines
+    ]
+    title = problem_title(request.problem, request.target.device_name, request.target.arch)
+    return Fitted(
+        f"warps per CTA compared: {title}",
+        f"Geometric means over {len(comparison.limits_us)} buckets, {len(comparison.raced)} of them raced. "
+        "behind: time over that of the fastest warp count.",
+        (*(Column(name) for name in names), Column("evidence", 0, "left")),
+        rows_of,
     )
-    for name in ("concurrency", "bf16", "Triton", "WPH", "vs bf16", "vs Triton", "of limit"):
-        grid.add_column(name, justify="right", no_wrap=True)
-    grid.add_column("kernels from", no_wrap=True)
-    for line in lines:
-        ours = line.times_us["wph"]
-        bf16, triton = (fastest(line.times_us, names) for names in (BF16, SHIPPED))
-        grid.add_row(
-            str(line.batch),
-            us(bf16),
-            us(triton),
-            us(ours),
-            *(times(None if t is None else t / ours) for t in (bf16, triton)),
-            f"{line.limit_us / ours:.0%}",
-            line.source,
+
+
+def layout_times(lines: Sequence[LayoutRow], comparison: Comparison) -> Fitted:
+    """Time and share of the limit of each warp count, bucket by bucket."""
+    rows_of = []
+    for bucket in comparison.request.buckets:
+        limit = comparison.limits_us[bucket.key]
+        known = [line.times_us.get(bucket.key) for line in lines]
+        cells = ["-" if t is None else f"{us(t)} ({limit / t:.0%})" for t in known]
+        triton = fastest(comparison.baselines_us.get(bucket.key, {}), comparison.request.baselines or ())
+        context = tokens(bucket.context) + (" ragged" if bucket.ragged else "")
+        rows_of.append((str(bucket.batch), context, *cells, us(triton)))
+    names = ("batch", "context", *(f"{line.warps} warps" for line in lines), "Triton")
+    title = f"time in us (share of the limit), {comparison.request.evidence}"
+    return Fitted(title, "Triton: as shipped.", tuple(Column(name) for name in names), rows_of)
+
+
+def steps(model: str, device: str, lines: Sequence[StepRow], attention_share: float | None = None) -> Fitted:
+    """Attention time of a decode step over all layers, by context and concurrency.
+
+    ``attention_share`` of a step with bf16, assumed: adds what that makes of a whole step, as a multiple of it.
+    """
+    columns = [Column("context"), Column("concurrency")]
+    columns += [Column(f"{name} us") for name in ("bf16", "seed's path", "Triton", "WPH")]
+    columns += [Column("vs bf16"), Column("vs seed's path", 1), Column("vs Triton", 2), Column("of limit", 3)]
+    caption = (
+        "us: measured. vs: WPH is so many times faster. Seed's path: the whole cache dequantised, then bf16 attention. "
+        "The rest of a step is not run."
+    )
+    if attention_share is not None:
+        columns += [Column(f"step, {name}") for name in ("seed's path", "Triton", "WPH")]
+        caption += (
+            f" step: time of a whole step over one with bf16, ASSUMING that attention takes {attention_share:.0%} of "
+            "the latter and that the rest costs the same."
         )
-    return grid
+    columns.append(Column("kernels from", 4, "left"))
+    rows_of: list[tuple[str, ...] | None] = []
+    for _, group in groupby(lines, key=lambda line: line.context):
+        for line in group:
+            bf16, seed, triton, ours = (line.role_us(role) for role in ("bf16", "seed", "triton", "wph"))
+            cells = [tokens(line.context), str(line.batch), *(us(t) for t in (bf16, seed, triton, ours))]
+            cells += [times(t / ours if t and ours else None) for t in (bf16, seed, triton)]
+            cells.append(f"{line.limit_us / ours:.0%}" if ours else "-")
+            if attention_share is not None:
+                ratios = (line.step_ratio(role, attention_share) for role in ("seed", "triton", "wph"))
+                cells += ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+            rows_of.append((*cells, line.source))
+        rows_of.append(None)
+    layers = f"{lines[0].layers} layers with full attention"
+    return Fitted(f"{model} on {device}: attention per decode step, {layers}", caption, columns, rows_of)
 
 
 def axes(space: Space) -> Grid:

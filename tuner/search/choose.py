@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +40,17 @@ class _Plan:
 
 
 def choose(
-    request: TuneRequest, records: Sequence[Record], evaluator: Evaluator, tracker: Tracker, rivals: Sequence[str] = ()
+    request: TuneRequest,
+    records: Sequence[Record],
+    evaluator: Evaluator,
+    tracker: Tracker,
+    rivals: Sequence[str],
+    deadline: float,
 ) -> TuneResult:
-    """``rivals``: tuned baselines that race too. Raises TunerError where no configuration ran."""
+    """``rivals``: tuned baselines that race too. Raises TunerError where no configuration ran.
+
+    ``deadline`` of the races, by time.monotonic(): a bucket that it leaves no time for keeps the times of the search.
+    """
     finalists = _usable(request, records)
     while True:
         if not finalists:
@@ -52,7 +61,7 @@ def choose(
         if not rejected:
             break
         finalists = [r for n, r in enumerate(finalists) if n not in rejected]
-    finals = _race(request, plan, candidates, evaluator, tracker, rivals)
+    finals = _race(request, plan, candidates, evaluator, tracker, rivals, deadline)
     table = _table(request, plan, finals, finalists, candidates)
     by_id = {kernel_id(request.target.arch, c.cubin_sha256): Path(c.cubin) for c in candidates.values()}
     cubins = {k.id: by_id[k.id] for k in table.kernels}
@@ -144,12 +153,21 @@ def _race(
     evaluator: Evaluator,
     tracker: Tracker,
     rivals: Sequence[str],
+    deadline: float,
 ) -> dict[str, tuple[list[Point], Final]]:
-    """Per bucket who raced and the outcome; where the race itself failed, what the study knows."""
+    """Per bucket who raced and the outcome; where there was no race, it is left out."""
     finals = {}
     best = best_splits(plan.points)
     racing = [b for b in request.buckets if b.key in plan.points]
+    limits = [limit_us(request.problem, request.shape, b, request.target) for b in racing]
+    # Half of the time in equal shares, half by size: slow baselines take long where the cache is large.
+    weights = [1 / len(racing) + limit / sum(limits) for limit in limits]
     for done, bucket in enumerate(racing):
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            text = f"no time left to race {len(racing) - done} of {len(racing)} buckets: the times of the search stand"
+            tracker.tell("race", text)
+            break
         row = best[bucket.key]
         bar = _RACE_WITHIN * min(t for _, t in row.values())
         entrants = {(n, row[n][0]) for n in candidates if n in row and (n in plan.references or row[n][1] <= bar)}
@@ -157,7 +175,8 @@ def _race(
             choice = plan.by_batch[bucket.batch]
             entrants.add((choice.kernel, choice.splits))
         points = sorted(entrants)
-        final = evaluator.final([(candidates[n], s) for n, s in points], bucket, rivals)
+        share_s = left_s * weights[done] / sum(weights[done:])
+        final = evaluator.final([(candidates[n], s) for n, s in points], bucket, rivals, share_s)
         if isinstance(final, Failure):
             tracker.tell("race", f"{bucket.key}: no race, {final.kind}: {final.message}", failure=final)
             continue

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from tuner.build import Built, build
 from tuner.errors import TunerError
+from tuner.geometry import dynamic_shared_bytes
 from tuner.render import Source, render, templates_digest
-from tuner.search.evaluate import Candidate, shared_bytes_of
+from tuner.search.evaluate import Candidate
 from tuner.search.request import Failure
 from tuner.space.core import Config
 
@@ -52,7 +53,7 @@ def fingerprint(arch: str) -> str:
 
 
 def _candidate(source: Source, built: Built) -> Candidate:
-    shared = shared_bytes_of(source.config, built.shared_bytes)
+    shared = built.shared_bytes + dynamic_shared_bytes(source.config)
     return Candidate(
         source.config, source.digest, built.cubin_sha256, str(built.cubin), built.registers, shared, built.spill_bytes
     )

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tuner.geometry import decode_geometry, dequant_geometry, split_candidates
+from tuner.geometry import split_candidates
 from tuner.search.request import Failure
 from tuner.space.core import Config, Problem
 from tuner.targets import Target
-from tuner.workload import Bucket, Shape, cache_bytes
+from tuner.workload import Bucket, Shape, bf16_bytes, cache_bytes
 
 MAX_SPLITS = 4
 """Split counts timed per batch size."""
@@ -82,23 +82,32 @@ class Evaluator(Protocol):
     def confirm(self, candidate: Candidate) -> Failure | None:
         """The full correctness gate, once more before anything is published; None: passed."""
 
-    def rivals(self, tell: Callable[[str], None]) -> tuple[str, ...]:
+    def rivals(self, tell: Callable[[str], None], budget_s: float) -> tuple[str, ...]:
         """Searches the constants of the Triton baseline; names of the tuned ones, none where it does not run."""
 
     def final(
-        self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str]
+        self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str], budget_s: float
     ) -> Final | Failure:
-        """Compares (candidate, splits) with each other, simplest first, with the baselines and the tuned ``rivals``."""
+        """Compares (candidate, splits) with each other, simplest first, with the baselines and the tuned ``rivals``.
+
+        Within about ``budget_s``: baselines that it does not suffice for have no time.
+        """
 
     def close(self) -> None:
         """Releases what was held; harmless when called twice."""
 
 
 def limit_us(problem: Problem, shape: Shape, bucket: Bucket, target: Target) -> float:
-    """Memory-limit time: compressed bytes (dequantisation: and the bf16 rows written) over the read bandwidth."""
+    """Memory-limit time: compressed bytes (dequantisation: and the bf16 rows written) over the read bandwidth.
+
+    A store reads bf16 rows and writes the bytes that carry data.
+    """
+    if problem.op == "store":
+        row = 4 * problem.head_dim + problem.layout.content_bytes
+        return bucket.tokens * shape.kv_heads * row / (target.bandwidth_gbps * 1e3)
     size = cache_bytes(shape, problem.layout, bucket)
     if problem.op == "dequant":
-        size += bucket.tokens * shape.kv_heads * 4 * problem.head_dim
+        size += bf16_bytes(shape, bucket)
     return size / (target.bandwidth_gbps * 1e3)
 
 
@@ -129,7 +138,7 @@ def splits_for_batch(
     A choice for all contexts must have been timed on all of them, so the buckets share one list: the most promising
     counts of each context, first the longest's, in turns.
     """
-    if config.problem.op == "dequant":
+    if config.problem.op != "decode":
         return (1,)
     contexts = sorted({b.context for b in group}, reverse=True)
     per_context = [
@@ -140,10 +149,3 @@ def splits_for_batch(
     ]
     turns = [c[i] for i in range(max(map(len, per_context))) for c in per_context if i < len(c)]
     return tuple(dict.fromkeys(turns))[:MAX_SPLITS]
-
-
-def shared_bytes_of(config: Config, static_bytes: int) -> int:
-    """Shared memory of a CTA: ``static_bytes`` from the compiler and what the launch asks for."""
-    if config.problem.op == "dequant":
-        return static_bytes + dequant_geometry(config, entries=1, block_size=16, kv_heads=1).shared_bytes
-    return static_bytes + decode_geometry(config, batch=1, kv_heads=1, splits=1).shared_bytes

@@ -17,10 +17,12 @@ from tuner.workload import Bucket
 
 HOPELESS = 1.5
 """How many times slower than the best on the sampled buckets a kernel may be and still be timed on all."""
-RACE_BUDGET_S = 1.5
+FIRST_RACE_S = 20.0
+"""The first race may take at least so long: peers are loaded and compiled in it."""
+ROUNDS_S = 0.8
+"""Of a race, beside preparing it: enough for intervals of 1% wherever they can be had."""
 TRITON_TRIALS = 12
-TRITON_BUDGET_S = 45.0
-"""For the constants of the Triton baseline; most of it is Triton's own compilation."""
+"""Constants of the Triton baseline that are tried; most of the time is Triton's own compilation."""
 
 
 class MeasuredEvaluator:
@@ -33,6 +35,7 @@ class MeasuredEvaluator:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._measurer = Measurer(request.device, log=log, seed=request.seed)
         self._groups = batches(request.buckets)
+        self._raced = False
         self.fingerprint = compiled.fingerprint(request.target.arch)
 
     def build(self, configs: Sequence[Config]) -> list[Candidate | Failure]:
@@ -46,12 +49,12 @@ class MeasuredEvaluator:
         if isinstance(checked, MeasureFailure):
             return Failure(checked.kind, checked.message)
         timings: Timings = {}
-        probes = self._probes()
         if best is not None:
-            failure = self._time(candidate, probes, timings)
+            sample = self._probes()
+            failure = self._time(candidate, sample, timings)
             if failure:
                 return failure
-            keys = [b.key for b in probes if b.key in timings and b.key in best]
+            keys = [b.key for b in sample if b.key in timings and b.key in best]
             ratios = sorted(best_time(timings[k]).median_us / best_time(best[k]).median_us for k in keys)
             # The best ratio decides: a kernel that is good anywhere may earn its place in the portfolio.
             if ratios and ratios[0] > HOPELESS:
@@ -70,9 +73,11 @@ class MeasuredEvaluator:
         )
         return Failure(checked.kind, checked.message) if isinstance(checked, MeasureFailure) else None
 
-    def rivals(self, tell: Callable[[str], None]) -> tuple[str, ...]:
-        """Short runs on a few buckets decide which constants race on all of them."""
+    def rivals(self, tell: Callable[[str], None], budget_s: float) -> tuple[str, ...]:
+        """Short runs on a few buckets decide which constants race on all of them; op store has no open ones."""
         request, op = self._request, self._request.problem.op
+        if op not in BASELINE:
+            return ()
         sample = probes(request.buckets)
 
         def measure(constants: Constants) -> dict[str, float]:
@@ -80,24 +85,35 @@ class MeasuredEvaluator:
             answer = self._measurer.baseline([name], request.shape, request.problem.cache_format, sample, op=op)[name]
             return {} if isinstance(answer, MeasureFailure) else {t.bucket: t.sample.median_us for t in answer}
 
-        found = sweep(
-            request.problem, measure, seed=request.seed, limit=TRITON_TRIALS, budget_s=TRITON_BUDGET_S, tell=tell
-        )
+        found = sweep(request.problem, measure, seed=request.seed, limit=TRITON_TRIALS, budget_s=budget_s, tell=tell)
         return tuple(tuned_name(BASELINE[op], constants) for constants in found)
 
     def final(
-        self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str]
+        self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str], budget_s: float
     ) -> Final | Failure:
         request = self._request
         names = [f"kernel{i}" for i in range(len(contestants))]
         ours = [Contestant(n, c.config, Path(c.cubin), s) for n, (c, s) in zip(names, contestants, strict=True)]
         others = [*self._baseline_names(), *rivals]
         theirs = [Contestant(name) for name in others]
-        args = (request.shape, request.problem.cache_format, bucket)
-        race = self._measurer.race([*ours, *theirs], *args, op=request.problem.op, budget_s=RACE_BUDGET_S)
+        first_s = min(FIRST_RACE_S, request.race_timeout_s or FIRST_RACE_S)
+        total_s = budget_s if self._raced else max(budget_s, first_s)
+        self._raced = True
+
+        def race_of(contestants: Sequence[Contestant]) -> Race | MeasureFailure:
+            return self._measurer.race(
+                contestants,
+                request.shape,
+                request.problem.cache_format,
+                bucket,
+                op=request.problem.op,
+                budget_s=ROUNDS_S,
+                total_s=total_s,
+            )
+
+        race = race_of([*ours, *theirs])
         if isinstance(race, MeasureFailure) and theirs:
-            # A peer may be what crashed; ours must have their race.
-            race = self._measurer.race(ours, *args, op=request.problem.op, budget_s=RACE_BUDGET_S)
+            race = race_of(ours)  # a peer may be what crashed; ours must have their race
         if isinstance(race, MeasureFailure):
             return Failure(race.kind, race.message)
         return self._judge(race, names, others)
@@ -123,7 +139,13 @@ class MeasuredEvaluator:
                 candidate.config, candidate.registers, request.shape, self._groups[batch], request.target
             )
             answer = self._measurer.time(
-                candidate.config, Path(candidate.cubin), candidate.registers, request.shape, group, splits=splits
+                candidate.config,
+                Path(candidate.cubin),
+                candidate.registers,
+                request.shape,
+                group,
+                splits=splits,
+                reserve=request.buckets,
             )
             if isinstance(answer, MeasureFailure):
                 return Failure(answer.kind, answer.message)
@@ -133,7 +155,7 @@ class MeasuredEvaluator:
 
     def _probes(self) -> list[Bucket]:
         """Few and cheap buckets that tell kernels apart: a short and a middling context of some batch sizes."""
-        groups = [g for g in self._groups.values()]
+        groups = list(self._groups.values())
         picked = {groups[0], groups[len(groups) // 2], groups[-1]}
         return [b for g in groups if g in picked for b in {g[0], g[len(g) // 2]}]
 

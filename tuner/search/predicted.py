@@ -4,45 +4,43 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from tuner import geometry, model, pipes, sass, targets
 from tuner import predict as prediction
-from tuner.baselines import SHIPPED, Constants, TritonConstants, split_name, tuned_name
+from tuner import predict_dequant as prediction_dequant
+from tuner.baselines import SHIPPED, Constants, DequantConstants, split_name, tuned_name
 from tuner.errors import TunerError, UsageError
 from tuner.predict import predict, predict_triton
+from tuner.predict_dequant import predict_dequant, predict_triton_dequant
 from tuner.sass import SassFacts, disassemble, facts_of
 from tuner.search import compiled
 from tuner.search.evaluate import Candidate, Final, Scored, Time, Timings, batches, splits_for_batch
 from tuner.search.request import Failure, TuneRequest
-from tuner.search.rivals import probes, sweep
+from tuner.search.rivals import BASELINE, probes, sweep
 from tuner.space.core import Config
 from tuner.workload import Bucket
 
 INDISTINCT = 1.005
 """Predicted times closer than this are a tie: the model's terms are not better than that."""
 TRITON_TRIALS = 6
-TRITON_BUDGET_S = 30.0
-"""For the constants of the Triton baseline: each is a compilation of some seconds."""
+"""Constants of the Triton baseline that are tried: each is a compilation of some seconds."""
+OPS = ("decode", "dequant")
+"""What the model knows."""
+_ROLES = {"decode": ("stage1",), "dequant": ("keys", "values")}
 
 
-@dataclass(frozen=True)
-class _Triton:
-    """Machine code of the Triton kernel's first stage."""
-
-    constants: TritonConstants
-    sass: SassFacts
-    shared_bytes: int
+_Triton = tuple[tuple[SassFacts, int], ...]
+"""Machine code and dynamic shared memory of the Triton kernels that the model reads (``_ROLES``)."""
 
 
 class PredictedEvaluator:
     """Compiles for the target, reads the machine code, and asks the static model."""
 
     def __init__(self, request: TuneRequest) -> None:
-        if request.problem.op != "decode":
+        if request.problem.op not in OPS:
             device, op = request.target.device_name, request.problem.op
-            raise UsageError(f"the static model knows op decode only: attach a {device} to tune {op}")
+            raise UsageError(f"the static model knows {' and '.join(OPS)} only: attach a {device} to tune {op}")
         self._request = request
         self._compiler = compiled.Compiler(request.target.arch, request.root, request.workers)
         self._facts: dict[str, SassFacts] = {}
@@ -58,6 +56,8 @@ class PredictedEvaluator:
         return results
 
     def score(self, candidate: Candidate, best: Timings | None) -> Scored | Failure:
+        if candidate.spill_bytes:
+            return Failure("resource", f"{candidate.spill_bytes} bytes of spills, whose cost the model cannot tell")
         request = self._request
         timings: Timings = {}
         try:
@@ -75,7 +75,7 @@ class PredictedEvaluator:
         """Nothing runs here; templates are checked on the CPU by the tests."""
         return None
 
-    def rivals(self, tell: Callable[[str], None]) -> tuple[str, ...]:
+    def rivals(self, tell: Callable[[str], None], budget_s: float) -> tuple[str, ...]:
         request = self._request
         sample = probes(request.buckets)
 
@@ -83,13 +83,11 @@ class PredictedEvaluator:
             times = {b.key: self._triton_us(constants, b) for b in sample}
             return {key: us for key, us in times.items() if us is not None}
 
-        found = sweep(
-            request.problem, measure, seed=request.seed, limit=TRITON_TRIALS, budget_s=TRITON_BUDGET_S, tell=tell
-        )
-        return tuple(tuned_name("triton", constants) for constants in found)
+        found = sweep(request.problem, measure, seed=request.seed, limit=TRITON_TRIALS, budget_s=budget_s, tell=tell)
+        return tuple(tuned_name(BASELINE[request.problem.op], constants) for constants in found)
 
     def final(
-        self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str]
+        self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str], budget_s: float
     ) -> Final | Failure:
         times = tuple(self._time(c, bucket, s) for c, s in contestants)
         fastest = min(range(len(times)), key=lambda i: times[i].median_us)
@@ -102,35 +100,39 @@ class PredictedEvaluator:
     def _time(self, candidate: Candidate, bucket: Bucket, splits: int) -> Time:
         request = self._request
         built, sass = self._compiler.built[candidate.source_digest], self._facts[candidate.source_digest]
-        p = predict(candidate.config, built, sass, request.target, request.shape, bucket, splits)
+        if request.problem.op == "dequant":
+            p = predict_dequant(candidate.config, built, sass, request.target, request.shape, bucket)
+        else:
+            p = predict(candidate.config, built, sass, request.target, request.shape, bucket, splits)
         return Time(p.time_us, p.time_us, p.time_us, p.bottleneck)
 
     def _baselines_us(self, bucket: Bucket, rivals: Sequence[str]) -> dict[str, float | None]:
         """Of the Triton kernels: the model knows no others."""
-        chosen = self._request.baselines
-        names = ("triton",) if chosen is None else [n for n in chosen if split_name(n)[0] == "triton"]
-        return {n: self._triton_us(split_name(n)[1] or SHIPPED["decode"], bucket) for n in (*names, *rivals)}
+        chosen, op = self._request.baselines, self._request.problem.op
+        names = (BASELINE[op],) if chosen is None else [n for n in chosen if split_name(n)[0] == BASELINE[op]]
+        return {n: self._triton_us(split_name(n)[1] or SHIPPED[op], bucket) for n in (*names, *rivals)}
 
     def _triton_us(self, constants: Constants, bucket: Bucket) -> float | None:
         """Predicted time; None where these constants do not compile or fit."""
         if constants not in self._triton:
             self._triton[constants] = self._compile_triton(constants)
-        kernel = self._triton[constants]
-        if kernel is None:
+        kernels = self._triton[constants]
+        if kernels is None:
             return None
-        request, c = self._request, kernel.constants
+        request, c = self._request, constants
+        where = (request.target, request.shape, request.problem.layout, bucket)
         try:
+            if isinstance(c, DequantConstants):
+                return predict_triton_dequant(kernels, *where, rows=c.rows, warps=c.num_warps)
+            sass, shared_bytes = kernels[0]
             prediction = predict_triton(
-                kernel.sass,
-                request.target,
-                request.shape,
-                request.problem.layout,
-                bucket,
+                sass,
+                *where,
                 block_kv=c.block_kv,
                 splits=c.splits,
                 warps=c.num_warps,
                 heads_per_cta=min(c.block_h, request.shape.gqa),
-                shared_bytes=kernel.shared_bytes,
+                shared_bytes=shared_bytes,
             )
         except TunerError:  # a CTA that does not fit, or code without a loop
             return None
@@ -140,18 +142,18 @@ class PredictedEvaluator:
         from tuner.baselines.compile import compile_for
 
         request = self._request
-        assert isinstance(constants, TritonConstants)
         try:
             binaries = compile_for(constants, request.problem, request.target.arch, root=request.root)
         except TunerError:  # no such kernel for this format, or no working Triton: the table says null
             return None
-        stage1 = next(b for b in binaries if b.role == "stage1")
-        return _Triton(constants, disassemble([(stage1.cubin, stage1.kernel)])[0], stage1.shared_bytes)
+        read = [b for b in binaries if b.role in _ROLES[request.problem.op]]
+        facts = disassemble((b.cubin, b.kernel) for b in read)
+        return tuple((f, b.shared_bytes) for f, b in zip(facts, read, strict=True))
 
 
 def _model_digest() -> str:
     """Of the model's own code and constants: times of another version are not comparable."""
     state = hashlib.sha256()
-    for module in (prediction, model, pipes, sass, geometry, targets):
+    for module in (prediction, prediction_dequant, model, pipes, sass, geometry, targets):
         state.update(Path(str(module.__file__)).read_bytes())
     return state.hexdigest()[:16]

@@ -27,6 +27,15 @@ class Tracker:
     def out_of_time(self) -> bool:
         return self.elapsed_s >= self._timeout_s
 
+    def bound(self, timeout_s: float) -> None:
+        """The time is up ``timeout_s`` after the search began."""
+        self._timeout_s = timeout_s
+
+    @property
+    def has_best(self) -> bool:
+        """Whether anything was scored yet, in this run or before."""
+        return self._best is not None
+
     def start_from(self, done: int) -> None:
         """``done`` trials were there before."""
         self._done_before = self._done = done

@@ -34,7 +34,7 @@ def provenance_of(request: TuneRequest) -> Provenance:
 
 def device_of(request: TuneRequest) -> Device:
     """The target; its driver only where it is attached and was measured on."""
-    driver = _driver(request.device) if request.evidence == "measured" else None
+    driver = driver_of(request.device) if request.evidence == "measured" else None
     return Device(request.target.device_name, request.target.arch, request.target.sms, driver)
 
 
@@ -56,14 +56,17 @@ def _nvcc(arch: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Of the checkout that this package runs from; None for an installed wheel."""
+    """Of the checkout that this package runs from; None for an installed wheel, or where its code has changed since."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    return _output(["git", "-C", str(root), "rev-parse", "HEAD"])
+    commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
+    status = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", "templates", "tuner"]
+    return None if _output(status) else commit
 
 
-def _driver(device: int) -> str | None:
+def driver_of(device: int) -> str | None:
+    """Version of the driver of the GPU with that index; None without nvidia-smi."""
     return _output(["nvidia-smi", f"--id={device}", "--query-gpu=driver_version", "--format=csv,noheader"])
 
 

@@ -20,8 +20,9 @@ class TuneRequest:
     """One search: a problem on a target, over buckets.
 
     ``evidence``: "measured" (on GPU ``device``) or "predicted" (static model). ``trials`` counts the finished trials of
-    the study, earlier runs and other workers included; None: ``DEFAULT_TRIALS``. ``timeout_s`` bounds the trials, not
-    the race of finalists after them; None: ``DEFAULT_TIMEOUT_S``. ``batch_size``: trials compiled together.
+    the study, earlier runs and other workers included; None: ``DEFAULT_TRIALS``. ``timeout_s`` bounds the trials;
+    None: ``DEFAULT_TIMEOUT_S``. ``race_timeout_s`` bounds what follows them: Triton's constants, the full gate, the
+    races; None: ``DEFAULT_RACE_TIMEOUT_S``. ``batch_size``: trials compiled together.
     ``storage``: an Optuna RDB URL, None: SQLite at ``root``/study.db. ``resume``: go on with the study of the same
     name if there is one, else start a new one beside it. ``workers``: parallel compilations, None: one per core.
     ``restrict``: axis -> allowed values. ``output``: the folder that the table is written to, None: not written.
@@ -34,6 +35,7 @@ class TuneRequest:
     evidence: str
     trials: int | None = None
     timeout_s: float | None = None
+    race_timeout_s: float | None = None
     batch_size: int = 8
     seed: int = 0
     storage: str | None = None

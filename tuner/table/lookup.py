@@ -74,6 +74,7 @@ def explain(
     lines = (
         *_call_lines(table, entry, timing, batch, context, kv_heads),
         _kernel_line(kernel, entry.splits),
+        _slot_line(table),
         *_time_lines(table, timing),
         _runner_up_line(entry),
     )
@@ -137,6 +138,16 @@ def _kernel_line(kernel: Kernel, splits: int) -> str:
     return (
         f"kernel {kernel.id}, splits {splits}: {params}; {kernel.registers} registers, "
         f"{kernel.shared_bytes} bytes shared, {kernel.spill_bytes} bytes spilled"
+    )
+
+
+def _slot_line(table: Table) -> str:
+    layout = table.problem.layout
+    used, unused = layout.content_bytes, layout.token_bytes - layout.content_bytes
+    waste = f"{unused} ({unused / layout.token_bytes:.0%}) are padding" if unused else "no padding"
+    return (
+        f"cache {table.problem.cache_format}: {layout.token_bytes} bytes per token and KV head, "
+        f"{used} of them data, {waste}; {layout.compression:.2f} x fewer than bf16"
     )
 
 

@@ -81,7 +81,8 @@ class Timing:
     """One choice on one bucket. ``context`` is the longest request; ``ragged`` batches mix lengths below it.
 
     Times in microseconds: median and its 95% interval (predicted: all three equal). ``limit_us`` is compressed bytes
-    (and, for dequantisation, written bytes) over the achievable bandwidth, ``limit_share`` is limit_us / time_us.
+    (and the bf16 rows', for dequantisation and a store) over the achievable bandwidth, ``limit_share`` is
+    limit_us / time_us. A store of N tokens has batch N and context 1.
     ``baselines_us`` maps a baseline's name to its median, None where it was not measured.
     """
 

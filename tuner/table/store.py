@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tuner.errors import UsageError
+from tuner.geometry import dynamic_shared_bytes
 from tuner.space import get_space
 from tuner.space.core import Problem
 from tuner.table.files import (
@@ -27,6 +28,7 @@ from tuner.table.schema import (
     SCHEMA_VERSION,
     BatchEntry,
     BucketEntry,
+    Kernel,
     Table,
     TableError,
     from_json,
@@ -202,15 +204,28 @@ def _parse(data: Any, path: Path) -> Table:
     return table
 
 
+def check_kernel(kernel: Kernel, problem: Problem) -> None:
+    """That this version of the package launches ``kernel`` as it was compiled.
+
+    Raises UsageError for an axis value that the space does not know, TableError for other shared memory.
+    """
+    # All of it is dynamic: the emulator refuses templates with static shared memory.
+    launched = dynamic_shared_bytes(get_space(problem.op).validate(kernel.config(problem)))
+    if kernel.shared_bytes != launched:
+        raise TableError(
+            f"kernel {kernel.id} wants {kernel.shared_bytes} bytes of shared memory and would be launched with "
+            f"{launched}: it was made by another version of this package; make it anew"
+        )
+
+
 def _check_references(table: Table) -> None:
     """What the schema cannot say: ids, archs, axes, references, and each bucket once."""
-    space = get_space(table.problem.op)
     for kernel in table.kernels:
         if kernel.arch != table.device.arch:
             raise TableError(f"kernel {kernel.id} is for {kernel.arch}: expected {table.device.arch}, as its device")
         if kernel.id != kernel_id(kernel.arch, kernel.cubin_sha256):
             raise TableError(f"kernel {kernel.id} is not named by its arch and hash")
-        space.validate(kernel.config(table.problem))
+        check_kernel(kernel, table.problem)
     ids = {k.id for k in table.kernels}
     entries: Iterable[BatchEntry | BucketEntry] = (*table.by_batch, *table.by_batch_and_context)
     for entry in entries:

@@ -4,11 +4,12 @@ from tuner.workload.core import (
     Bucket,
     Shape,
     Workload,
+    bf16_bytes,
     cache_bytes,
     default_buckets,
     default_shape,
     default_workload,
-    fits,
+    store_buckets,
 )
 from tuner.workload.huggingface import read_shapes
 from tuner.workload.presets import PRESETS, load_model
@@ -18,11 +19,12 @@ __all__ = [
     "Bucket",
     "Shape",
     "Workload",
+    "bf16_bytes",
     "cache_bytes",
     "default_buckets",
     "default_shape",
     "default_workload",
-    "fits",
     "load_model",
     "read_shapes",
+    "store_buckets",
 ]

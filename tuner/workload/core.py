@@ -13,6 +13,7 @@ SHORTEST_RAGGED = 128
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 _CONTEXTS = (1024, 4096, 16384, 65536, 131072)
+_STORE_CHUNKS = (512, 1024, 2048, 4096, 8192)
 _RAGGED_CONTEXT = 65536
 _RAGGED_BATCH = 4  # smaller batches have too few lengths to differ
 _DEFAULT_HEADS = {64: (32, 8), 128: (32, 8), 256: (16, 2), 512: (32, 4)}  # head dim -> query heads, KV heads
@@ -107,6 +108,11 @@ def default_buckets() -> tuple[Bucket, ...]:
     return even + ragged
 
 
+def store_buckets() -> tuple[Bucket, ...]:
+    """A store's bucket is a call of ``batch`` tokens: decode steps of one token per request, and prefill chunks."""
+    return tuple(Bucket(tokens, 1) for tokens in (*_BATCHES, *_STORE_CHUNKS))
+
+
 def default_workload(head_dim: int, gqa: int | None = None) -> Workload:
     """The workload of a head dim without a model: default_shape() over default_buckets()."""
     shape = default_shape(head_dim, gqa)
@@ -118,6 +124,6 @@ def cache_bytes(shape: Shape, layout: SlotLayout, bucket: Bucket) -> int:
     return bucket.tokens * shape.kv_heads * layout.token_bytes
 
 
-def fits(shape: Shape, layout: SlotLayout, bucket: Bucket, budget_bytes: int) -> bool:
-    """Whether one layer's cache at ``bucket`` needs no more than ``budget_bytes``."""
-    return cache_bytes(shape, layout, bucket) <= budget_bytes
+def bf16_bytes(shape: Shape, bucket: Bucket) -> int:
+    """Bytes of the same keys and values in bf16: an uncompressed cache, or what a dequantisation writes."""
+    return bucket.tokens * shape.kv_heads * 4 * shape.head_dim

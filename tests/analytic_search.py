@@ -1,0 +1,143 @@
+"""A search whose times come from a formula over the real decode space, in place of a GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tuner.baselines import TritonConstants, tuned_name
+from tuner.geometry import dynamic_shared_bytes
+from tuner.search import (
+    Candidate,
+    Event,
+    Failure,
+    Time,
+    Timings,
+    TuneRequest,
+    TuneResult,
+    tune,
+)
+from tuner.search.evaluate import Final, Scored, limit_us
+from tuner.space import Config, Problem
+from tuner.targets import get_target
+from tuner.workload import Bucket, Shape
+
+SHAPE = Shape(128, 32, 8)
+PROBLEM = Problem("decode", 128, 4, "turboquant_4bit_nc")
+TARGET = get_target("sm_121")
+BUCKETS = (Bucket(1, 1024), Bucket(1, 65536), Bucket(16, 1024), Bucket(16, 65536), Bucket(16, 65536, ragged=True))
+TRIALS = 6
+TUNED = tuned_name("triton", TritonConstants(block_kv=16, num_warps=4, num_stages=1, splits=32, block_h=16))
+
+
+class Analytic:
+    """Deterministic times: more warps suit long contexts, few suit short ones. Keeps a log of what it did."""
+
+    fingerprint = "analytic"
+
+    def __init__(self, root: Path, pause_s: float = 0.0, buckets: tuple[Bucket, ...] = BUCKETS) -> None:
+        self.root, self.pause_s, self.buckets = root, pause_s, buckets
+        self.log: list[tuple[str, float, float, tuple[Config, ...]]] = []
+        self.sweeps = 0
+        self.race_s = 0.0
+        self.shares_s: list[float] = []
+
+    def build(self, configs: Sequence[Config]) -> list[Candidate | Failure]:
+        start = time.monotonic()
+        time.sleep(self.pause_s)
+        results = [self._build(c) for c in configs]
+        self.log.append(("build", start, time.monotonic(), tuple(configs)))
+        return results
+
+    def _build(self, config: Config) -> Candidate | Failure:
+        digest = hashlib.sha256(config.describe().encode()).hexdigest()
+        (self.root / "cubins").mkdir(parents=True, exist_ok=True)
+        cubin = self.root / "cubins" / digest
+        whole = cubin.with_name(f"{digest}.{os.getpid()}")  # another worker may read it at any time
+        whole.write_bytes(digest.encode())
+        whole.replace(cubin)
+        sha = hashlib.sha256(digest.encode()).hexdigest()
+        return Candidate(config, digest, sha, str(cubin), 64 + config["tokens"], dynamic_shared_bytes(config), 0)
+
+    def score(self, candidate: Candidate, best: Timings | None) -> Scored | Failure:
+        start = time.monotonic()
+        time.sleep(self.pause_s / 4)
+        self.log.append(("score", start, time.monotonic(), (candidate.config,)))
+        return Scored({b.key: {s: self.time(candidate.config, b, s) for s in (1, 8)} for b in self.buckets})
+
+    def time(self, config: Config, bucket: Bucket, splits: int) -> Time:
+        c = config
+        fit = c["warps"] / (16 if bucket.context > 4096 else 1)
+        cost = (
+            1.2
+            + abs(fit - 1)
+            + 0.3 * (c["math"] == "fma")
+            + 0.1 * c["stages"]
+            + 0.5 * (splits == 8) * (bucket.batch > 8)
+        )
+        us = cost * limit_us(PROBLEM, SHAPE, bucket, TARGET)
+        return Time(us, 0.99 * us, 1.01 * us)
+
+    def confirm(self, candidate: Candidate) -> Failure | None:
+        return None
+
+    def rivals(self, tell: Callable[[str], None], budget_s: float) -> tuple[str, ...]:
+        self.sweeps += 1
+        tell("tuning the Triton baseline")
+        return (TUNED,)
+
+    def final(
+        self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str], budget_s: float
+    ) -> Final | Failure:
+        self.shares_s.append(budget_s)
+        time.sleep(self.race_s)
+        times = tuple(self.time(c.config, bucket, s) for c, s in contestants)
+        winner = min(range(len(times)), key=lambda i: times[i].median_us)
+        us = times[winner].median_us
+        return Final(times, winner, False, {"triton": 10 * us, "fa3_bf16": None} | {n: 4 * us for n in rivals})
+
+    def close(self) -> None:
+        pass
+
+    def scored(self) -> list[Config]:
+        return [configs[0] for kind, _, _, configs in self.log if kind == "score"]
+
+
+def request_for(root: Path, **changes: object) -> TuneRequest:
+    request = TuneRequest(
+        PROBLEM, SHAPE, BUCKETS, TARGET, "predicted", trials=TRIALS, batch_size=4, root=root, output=root / "tables"
+    )
+    return replace(request, **changes)  # type: ignore[arg-type]
+
+
+def search(
+    root: Path, evaluator: Analytic | None = None, **changes: object
+) -> tuple[TuneResult, Analytic, list[Event]]:
+    evaluator = evaluator or Analytic(root)
+    events: list[Event] = []
+    return tune(request_for(root, **changes), events.append, evaluator), evaluator, events
+
+
+_CHILD = """
+import sys; from pathlib import Path
+sys.path.insert(0, {tests!r})
+from analytic_search import Analytic, request_for
+from tuner.search import tune
+root = Path({root!r})
+request = request_for(root, **{changes!r})
+tune(request, lambda e: print(e.progress.done, flush=True), Analytic(root, pause_s=0.4))
+"""
+
+
+def child(root: Path, trials: int, **changes: object) -> subprocess.Popen[str]:
+    """A worker of its own, which prints how many trials are done."""
+    code = _CHILD.format(tests=str(Path(__file__).parent), root=str(root), changes={"trials": trials, **changes})
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
