@@ -1,0 +1,161 @@
+"""The grid of decode attention: ours against vLLM's Triton as shipped and tuned, and against FlashAttention-3.
+
+One line per point as it is measured: time, share of the memory limit, and how many times faster than each contestant of
+the same race. Then the targets, met or missed, by how much and where. Everything goes to a JSON file as well.
+
+Each point is a race as in `python tune.py`: a CUDA graph of one call per contestant, cold L2, shuffled interleaved
+rounds, medians; slow contestants run in fewer rounds. No race begins after --timeout (500 s); the same command then
+goes on where it stopped. Predicted for an H200, not measured: 8 minutes for the default grid, 3 more for `--formats all
+--dequant`, 1 for `--quick`.
+
+Peers come from an installed vLLM, or from WPH_VLLM_SOURCE and WPH_FA3_LIBRARY (benchmarks/README.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.command import attached_gpu, ended, write_record  # noqa: E402
+from benchmarks.grid.kernels import Kernels, problem_of  # noqa: E402
+from benchmarks.grid.points import BATCHES, CONTEXTS, OTHER_FORMATS, SHAPES, Point, parse_shape, points  # noqa: E402
+from benchmarks.grid.race import Budget, Racer, Result, Store  # noqa: E402
+from benchmarks.grid.verdict import Verdict, graph_cost, share, shipped_us, speedup, tuned_us, verdicts  # noqa: E402
+from tuner.bench import OURS  # noqa: E402
+from tuner.errors import UsageError  # noqa: E402
+from tuner.formats import VLLM_PRESETS  # noqa: E402
+from tuner.report.terminal import times, tokens, us  # noqa: E402
+
+_QUICK = {"shapes": "128:32:8,256:16:2", "batches": "1,8,32,128", "contexts": "1024,16384,65536"}
+_HEADINGS = ("section", "shape", "batch", "context", "us", "limit", "Triton", "tuned", "fa3", "fa3 fp8", "kernel")
+_WIDTHS = (7, 10, 6, 12, 8, 6, 8, 8, 8, 8, 8)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def line(result: Result) -> str:
+    """One point, in the columns of _HEADINGS; what failed stands at the end."""
+    found = result["times_us"]
+    peers = (shipped_us(result), tuned_us(result), found.get("fa3_bf16"), found.get("fa3_fp8"))
+    reached = share(result)
+    cells = (
+        result["section"],
+        f"{result['head_dim']} {result['q_heads']}/{result['kv_heads']}",
+        str(result["batch"]),
+        tokens(result["context"]) + (" ragged" if result["ragged"] else ""),
+        us(found.get(OURS)),
+        "-" if reached is None else f"{reached:.0%}",
+        *(times(speedup(result, p)) for p in peers),
+        result["source"],
+    )
+    failed = "; ".join(f"{name.partition('[')[0]}: {why[:60]}" for name, why in result["failures"].items())
+    kind = "" if result["cache_format"] == "turboquant_4bit_nc" else f"  {result['cache_format']}"
+    return _columns(cells) + kind + (f"  failed: {failed}" if failed else "")
+
+
+def verdict_line(verdict: Verdict) -> str:
+    if verdict.reached is None or verdict.worst is None:
+        return f"not measured  {verdict.name}"
+    word = "met   " if verdict.met else "MISSED"
+    miss = "" if verdict.met else f", {1 - verdict.reached / verdict.least:.0%} short"
+    return (
+        f"{word}  {verdict.name}: {verdict.statistic} {verdict.reached:.3g}, expected {verdict.least:g}{miss}"
+        f" ({verdict.points} points, {verdict.below} below; worst {verdict.worst:.3g} at {verdict.worst_at})"
+    )
+
+
+def read_points(args: argparse.Namespace) -> list[Point]:
+    """Raises UsageError for a shape, batch, context or format that cannot be."""
+    chosen = {n: _QUICK[n] if args.quick and not getattr(args, n) else getattr(args, n) for n in _QUICK}
+    shapes = [parse_shape(text) for text in chosen["shapes"].split(",")] if chosen["shapes"] else list(SHAPES)
+    numbers = {}
+    for name, default in (("batches", BATCHES), ("contexts", CONTEXTS)):
+        try:
+            numbers[name] = [int(n) for n in chosen[name].split(",")] if chosen[name] else list(default)
+        except ValueError:
+            raise UsageError(f"--{name} is {chosen[name]!r}: expected whole numbers, as 1,8,32") from None
+    formats = OTHER_FORMATS if args.formats == "all" else tuple(filter(None, args.formats.split(",")))
+    unknown = [f for f in formats if f not in VLLM_PRESETS]
+    if unknown:
+        raise UsageError(f"--formats names {unknown[0]!r}: expected all, or some of {', '.join(VLLM_PRESETS)}")
+    return points(shapes, numbers["batches"], numbers["contexts"], formats, dequant=args.dequant)
+
+
+def write(path: Path, device: str, driver: str | None, results: Sequence[Result], found: Sequence[Verdict]) -> None:
+    data = {"verdicts": [asdict(v) for v in found], "results": list(results)}
+    write_record(path, device, driver, data)
+
+
+def run(args: argparse.Namespace) -> int:
+    from tuner.measure import Measurer
+    from tuner.search.provenance import driver_of
+
+    asked = read_points(args)
+    target = attached_gpu(args.gpu)
+    start = time.monotonic()
+    kernels = Kernels(args.tables, target, args.root)
+    kernels.build_defaults(p for p in map(problem_of, asked) if kernels.table(p) is None)
+    budget = Budget(args.rounds_s, args.point_s, total_s=args.timeout - (time.monotonic() - start))
+    source = args.tables or "where the API looks"
+    say(f"{len(asked)} races on {target.device_name}, {args.timeout:g} s at most; tables: {source}")
+    say(_columns(_HEADINGS))
+    done = 0
+
+    def show(result: Result) -> None:
+        nonlocal done
+        done += 1
+        say(f"{line(result)}  [{done}/{len(asked)}, {time.monotonic() - start:.0f} s]")
+
+    with Measurer(args.gpu, log=args.work / "measure.log") as measurer:
+        store = Store(args.work / "results.jsonl")
+        results = Racer(measurer, kernels, target, store, budget, say, args.gpu).run(asked, show)
+    found = verdicts(results)
+    write(args.json or args.work / "decode_grid.json", target.device_name, driver_of(args.gpu), results, found)
+    say("\ntargets (times faster, or share)")
+    for verdict in found:
+        say(verdict_line(verdict))
+    cost = graph_cost(results)
+    if cost:
+        say(f"one kernel per batch for all contexts, as a CUDA graph needs: {cost:.3f} x the time in the mean")
+    if len(results) < len(asked):
+        say(f"{len(asked) - len(results)} of {len(asked)} points not measured: run again to go on")
+    missed = any(v.met is False for v in found)
+    return 1 if missed or len(results) < len(asked) else 0
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--tables", type=Path, help="folder with tables and kernels/ (default: where the API looks)")
+    made.add_argument("--shapes", help="head dim:query heads:KV heads,... (default: the seven of the grid)")
+    made.add_argument("--batches", help="list (default: 1,2,...,128)")
+    made.add_argument("--contexts", help="list in tokens (default: 1024,4096,16384,65536,131072)")
+    made.add_argument("--formats", default="", help="all, or a list: their share of the limit against 4bit_nc's")
+    made.add_argument("--dequant", action="store_true", help="dequantisation too, from 64k rows on")
+    made.add_argument("--quick", action="store_true", help="two shapes, 24 points and their ragged batches")
+    made.add_argument("--timeout", type=float, default=500.0, help="seconds, after which no race begins (500)")
+    made.add_argument("--rounds-s", type=float, default=0.4, help="seconds of interleaved rounds per race (0.4)")
+    made.add_argument(
+        "--point-s", type=float, default=8.0, help="seconds per race with its preparation (8, first ones 40)"
+    )
+    made.add_argument("--work", type=Path, default=Path("build/decode_grid"), help="results so far, log")
+    made.add_argument("--root", type=Path, default=Path("build"), help="where default configurations are compiled")
+    made.add_argument("--json", type=Path, help="where the JSON goes (default: decode_grid.json in --work)")
+    made.add_argument("--gpu", type=int, default=0)
+    return made
+
+
+def _columns(cells: Sequence[str]) -> str:
+    return " ".join(cell.rjust(width) for cell, width in zip(cells, _WIDTHS, strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(ended(run, parser()))

@@ -1,0 +1,1 @@
+"""The parts of layout_study.py: which layouts, how they are timed, the document."""
