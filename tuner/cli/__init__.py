@@ -13,6 +13,7 @@ from typing import NoReturn
 import click
 
 from tuner.cli.group import cli
+from tuner.cli.interrupts import keep_interrupts
 from tuner.errors import TunerError
 
 EXIT_INTERRUPTED = 130
@@ -20,6 +21,7 @@ EXIT_INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
+    keep_interrupts()
     args = list(sys.argv[1:] if argv is None else argv)
     sys.exit(run(args))
 
