@@ -88,6 +88,16 @@ def test_a_captured_graph_serves_other_lengths_and_allocates_nothing(problem: Pr
         assert error(out, host.expected()) <= TOLERANCE
 
 
+def test_a_cache_that_replaces_another_is_the_one_that_is_read(problem: Problem) -> None:
+    """vLLM captures graphs on a small cache first, to see what they cost, and frees it before it makes the real one."""
+    host = case_of(problem)
+    profiled = host.to("cuda")
+    layer = layer_of(problem, host)
+    decode(layer, profiled, None)
+    profiled.kv_cache.fill_(0xFF)  # what freed memory may hold
+    assert error(decode(layer, host.to("cuda"), None), host.expected()) <= TOLERANCE
+
+
 def test_strided_queries_of_a_fused_projection(problem: Problem) -> None:
     host = case_of(problem)
     case = host.to("cuda")

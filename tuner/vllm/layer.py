@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from tuner.arguments import decode_params
-from tuner.geometry import Geometry, decode_scratch
+from tuner.geometry import decode_scratch
 from tuner.launch import cache_order, decode_launches
 from tuner.vllm import log
 from tuner.vllm.dispatch import Chosen, Dispatch, dispatch_for
 from tuner.vllm.eligible import LayerFacts, objection
+from tuner.vllm.prepared import Launches, Prepared
 from tuner.vllm.scratch import Scratch, scratch_for
 from tuner.vllm.timing import Timings
 
-_REMEMBERED = 2048
 _ALIGNMENT = 256
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A launch whose arguments were checked once; addresses are filled in per call.
-
-    The driver copies the structure when it launches or captures, so one may be reused.
-    """
-
-    chosen: Chosen
-    launches: list[tuple[str, Geometry]]
-    params: Any
-    pointers: Any
-    constants: tuple[Tensor, ...]
 
 
 class Layer:
@@ -46,7 +30,7 @@ class Layer:
         self.dispatch: Dispatch | None = None
         self._scratch: Scratch | None = None
         self._max_context = 0
-        self._prepared: dict[tuple[object, ...], _Prepared] = {}
+        self._launches = Launches()
 
     def prepare(self, device: torch.device, name: str = "?", max_context: int = 0) -> None:
         """Verifies and loads this layer's kernels; ``max_context`` 0: as far as the block table reaches.
@@ -142,26 +126,22 @@ class Layer:
             id(chosen.kernel), chosen.splits, query.shape, query.stride(), query.dtype, order,
             block_table.shape, block_table.stride(), block_table.dtype, seq_lens.dtype, centroids.data_ptr(),
         )  # fmt: skip
-        prepared = self._prepared.get(key)
-        if prepared is None:
-            tensors = (query, kv_cache, block_table, seq_lens, out)
-            prepared = self._prepare_launch(chosen, tensors, partials, counters, centroids)
-            if len(self._prepared) >= _REMEMBERED:
-                self._prepared.clear()
-            self._prepared[key] = prepared
-        p = prepared.params
-        p.query, p.out, p.block_table, p.seq_lens = (
-            query.data_ptr(), out.data_ptr(), block_table.data_ptr(), seq_lens.data_ptr(),
-        )  # fmt: skip
-        p.partials, p.counters = partials.data_ptr(), counters.data_ptr()
+        prepared = self._launches.get(
+            key,
+            lambda: self._prepare_launch(
+                chosen, (query, kv_cache, block_table, seq_lens, out), partials, counters, centroids
+            ),
+        )
         with TIMINGS.call(self.facts, batch, capturing):
-            for entry, geometry in prepared.launches:
-                chosen.kernel.launch(entry, geometry, ctypes.addressof(prepared.pointers))
+            prepared.launch(
+                query=query, kv_cache=kv_cache, block_table=block_table, seq_lens=seq_lens, out=out,
+                partials=partials, counters=counters,
+            )  # fmt: skip
         return out
 
     def _prepare_launch(
         self, chosen: Chosen, tensors: tuple[Tensor, ...], partials: Tensor, counters: Tensor, centroids: Tensor
-    ) -> _Prepared:
+    ) -> Prepared:
         query, kv_cache, block_table, seq_lens, out = tensors
         params, _ = decode_params(
             query,
@@ -177,8 +157,7 @@ class Layer:
             centroids=centroids,
         )
         launches = decode_launches(chosen.kernel.config, query, kv_cache, chosen.splits)
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        return _Prepared(chosen, launches, params, pointers, (centroids,))
+        return Prepared(chosen.kernel, launches, params, (centroids,))
 
 
 TIMINGS = Timings.from_environment()

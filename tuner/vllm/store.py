@@ -5,9 +5,7 @@ Only a table's kernels run here: a store without one stays vLLM's.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -17,15 +15,13 @@ from torch import Tensor
 from tuner.arguments import store_params
 from tuner.errors import TunerError, UsageError
 from tuner.formats import VLLM_PRESETS
-from tuner.geometry import Geometry
 from tuner.launch import LoadedKernel, store_launches
 from tuner.space.core import Problem
 from tuner.table import Table, find, lookup
 from tuner.targets import Target
 from tuner.vllm import log
 from tuner.vllm.dispatch import Loader, load_table, loading_on
-
-_REMEMBERED = 2048
+from tuner.vllm.prepared import Launches, Prepared
 
 
 class StoreDispatch:
@@ -59,17 +55,6 @@ class StoreDispatch:
         return None
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """A launch whose arguments were checked once; addresses are filled in per call."""
-
-    kernel: LoadedKernel
-    launches: list[tuple[str, Geometry]]
-    params: Any
-    pointers: Any
-    centroids: Tensor
-
-
 class StoreLayer:
     """One layer. ``reason`` says why vLLM's store runs for it; None while ours may."""
 
@@ -78,7 +63,7 @@ class StoreLayer:
         self.dispatch: StoreDispatch | None = None
         self.problem: Problem | None = None
         self.reason: str | None = None
-        self._prepared: dict[tuple[object, ...], _Prepared] = {}
+        self._launches = Launches()
         if cache_format not in VLLM_PRESETS:
             self.reason = f"no store for cache format {cache_format}: expected {', '.join(VLLM_PRESETS)}"
             return
@@ -134,12 +119,7 @@ class StoreLayer:
             log.say(f"store of {slot_mapping.shape[0]} tokens: beyond what the table was tuned for, vLLM's runs")
             return False
         prepared = self._prepared_for(kernel, key, value, kv_cache, slot_mapping, centroids)
-        p = prepared.params
-        p.key, p.value, p.kv_cache, p.slot_mapping = (
-            key.data_ptr(), value.data_ptr(), kv_cache.data_ptr(), slot_mapping.data_ptr(),
-        )  # fmt: skip
-        for entry, geometry in prepared.launches:
-            kernel.launch(entry, geometry, ctypes.addressof(prepared.pointers))
+        prepared.launch(key=key, value=value, kv_cache=kv_cache, slot_mapping=slot_mapping)
         return True
 
     def _prepared_for(
@@ -150,23 +130,20 @@ class StoreLayer:
         kv_cache: Tensor,
         slot_mapping: Tensor,
         centroids: Tensor,
-    ) -> _Prepared:
+    ) -> Prepared:
         identity = (
             id(kernel), key.shape, key.stride(), key.dtype, value.shape, value.stride(), value.dtype, kv_cache.shape,
             kv_cache.stride(), kv_cache.dtype, slot_mapping.shape, slot_mapping.stride(), slot_mapping.dtype,
             centroids.data_ptr(),
         )  # fmt: skip
-        found = self._prepared.get(identity)
-        if found is None:
-            if len(self._prepared) >= _REMEMBERED:
-                self._prepared.clear()
+
+        def prepare() -> Prepared:
             assert self.problem is not None
             tensors = (kv_cache, key, value, slot_mapping)
             params, _ = store_params(*tensors, cache_format=self.problem.cache_format, centroids=centroids)
-            pointers = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-            launches = store_launches(kernel.config, kv_cache, slot_mapping)
-            found = self._prepared[identity] = _Prepared(kernel, launches, params, pointers, centroids)
-        return found
+            return Prepared(kernel, store_launches(kernel.config, kv_cache, slot_mapping), params, (centroids,))
+
+        return self._launches.get(identity, prepare)
 
 
 def prepare_stores(layer_names: Sequence[str], vllm_config: Any, device: torch.device) -> None:
