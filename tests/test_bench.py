@@ -97,7 +97,7 @@ def test_dequantisation_races_with_what_the_api_runs(folder: Path, tmp_path: Pat
 
 def test_a_model_of_sliding_layers_alone_has_nothing_to_time() -> None:
     workload = load_model("gemma-4-31b")
-    sliding = tuple((s, n) for s, n in workload.shapes if s.sliding)
+    sliding = tuple((s, n) for s, n in workload.shapes if s.wants)
     assert sliding and len(sliding) < len(workload.shapes)
     with pytest.raises(TunerError, match="every layer of gemma"):
         bench_model(Workload("gemma", sliding, workload.buckets), FORMAT, [1], [1024], TARGET)

@@ -99,7 +99,7 @@ def test_help_teaches_options_examples_and_verbs(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stderr == ""
     verbs = ("export", "install", "bench", "verify", "explain", "report", "space", "doctor")
     options = ("model", "head-dim", "kv-cache-dtype", "gqa", "op", "arch", "warps", "trials", "timeout", "race-timeout")
-    options += ("workers", "gpus", "storage", "resume", "no-resume", "seed", "output", "debug")
+    options += ("tensor-parallel-size", "workers", "gpus", "storage", "resume", "no-resume", "seed", "output", "debug")
     for word in (*verbs, *(f"--{option}" for option in options), "python tune.py --head-dim 256"):
         assert word in done.stdout
     # Options alone mean the verb tune, so its help is the same page.
@@ -152,6 +152,8 @@ def test_version(tmp_path: Path) -> None:
         ("--head-dim 256 --op store --arch sm_100", ("static model knows decode and dequant only", "to tune store")),
         ("--head-dim 256 --op dequant --warps 1,4 --gpus 0,1", ("one GPU", "--gpus")),
         ("--head-dim 256 --op store --warps 4,8 --gpus 0,99", ("GPU", "not attached")),
+        ("--model qwen3-4b -tp 3", ("32 query and 8 KV heads", "3 GPUs")),
+        ("install --model qwen3-4b --tensor-parallel-size 0", ("0 GPUs",)),
         ("frobnicate", ("frobnicate", "doctor")),
         ("space --head-dim 100", ("head dim 100",)),
         ("bench --model qwen3-4b --concurrency 0", ("at least 1",)),
@@ -263,10 +265,21 @@ def test_install_dry_run_then_install_then_uninstall(tmp_path: Path) -> None:
     merged = json.loads((folder / path.name).read_text())
     assert [e["timing"]["context"] for e in merged["by_batch_and_context"]] == [4096, 65536]
 
+    refused(tune("install", path, "--uninstall", cwd=tmp_path, **env), 2, "--uninstall", "no tables")
+    assert (folder / path.name).is_file()
     assert "would remove" in tune("install", "--uninstall", "--dry-run", cwd=tmp_path, **env).stdout
     assert tune("install", "--uninstall", cwd=tmp_path, **env).returncode == 0
     assert [p.name for p in folder.iterdir()] == ["E=8,N=4096,device_name=NVIDIA_GB10.json"]
     assert "nothing of ours" in tune("install", "--uninstall", cwd=tmp_path, **env).stdout
+
+
+def test_install_of_two_tables_of_one_name_keeps_the_buckets_of_both(tmp_path: Path) -> None:
+    paths = [make_table(tmp_path / name, context=context) for name, context in (("a", 4096), ("b", 65536))]
+    folder = tmp_path / "vllm"
+    done = tune("install", *paths, cwd=tmp_path, VLLM_TUNED_CONFIG_FOLDER=str(folder))
+    assert done.returncode == 0 and done.stdout.count("wrote") == 1
+    found = json.loads((folder / paths[0].name).read_text())["by_batch_and_context"]
+    assert [e["timing"]["context"] for e in found] == [4096, 65536]
 
 
 def test_install_without_the_variable_uses_vllms_own_folder(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from tuner.errors import TunerError
-from tuner.geometry import decode_scratch, dynamic_shared_bytes
+from tuner.geometry import decode_scratch, dynamic_shared_bytes, split_candidates
 from tuner.space import Config, Problem, default_config
 from tuner.space.decode import direct_variant
 from tuner.suits import CacheOrder
@@ -32,7 +33,7 @@ from tuner.table import (
 )
 from tuner.targets import get_target
 from tuner.vllm import defaults, log
-from tuner.vllm.dispatch import Dispatch
+from tuner.vllm.dispatch import Chosen, Dispatch
 from tuner.vllm.eligible import LayerFacts, layer_facts, objection
 from tuner.vllm.layer import Layer
 from tuner.vllm.scratch import Scratch
@@ -95,8 +96,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def dispatch() -> Dispatch:
-    return Dispatch(PROBLEM, 8, TARGET, lambda image, config: Loaded(config))  # type: ignore[arg-type,return-value]
+def dispatch(kv_heads: int = 8) -> Dispatch:
+    return Dispatch(PROBLEM, kv_heads, TARGET, lambda image, config: Loaded(config))  # type: ignore[arg-type,return-value]
+
+
+def chosen_by(chooser: Dispatch, batch: int, order: CacheOrder = ORDER, context: int | None = None) -> Chosen:
+    chosen = chooser.choose(batch, context, 32768, order)
+    assert isinstance(chosen, Chosen), chosen
+    return chosen
 
 
 def arguments(**changes: object) -> dict[str, object]:
@@ -139,9 +146,8 @@ def test_graphs_go_by_batch_and_eager_calls_by_batch_and_context(folder: Path) -
     write_table(folder)
     chooser = dispatch()
     assert chooser.problem_found is None and "measured" in chooser.describe()
-    graph = chooser.choose(8, None, 32768, ORDER)
-    short, long = (chooser.choose(8, context, 32768, ORDER) for context in (1000, 20000))
-    assert graph and short and long
+    graph = chosen_by(chooser, 8)
+    short, long = (chosen_by(chooser, 8, context=context) for context in (1000, 20000))
     assert (graph.splits, short.splits, long.splits) == (12, 4, 33)
     assert graph.kernel.config["warps"] != short.kernel.config["warps"]
     assert chooser.choose(8, None, 32768, ORDER) is graph
@@ -149,26 +155,64 @@ def test_graphs_go_by_batch_and_eager_calls_by_batch_and_context(folder: Path) -
 
 def test_far_from_the_tuned_range_the_default_runs(folder: Path) -> None:
     write_table(folder)
-    assert dispatch().choose(64, None, 32768, ORDER) is None
     write_defaults(folder)
-    chosen = dispatch().choose(64, None, 32768, ORDER)
-    assert chosen and chosen.origin == "default kernel"
+    assert chosen_by(dispatch(), 64).origin == "default kernel"
+
+
+def test_far_from_the_tuned_range_and_without_a_default_the_nearest_kernel_runs(folder: Path) -> None:
+    write_table(folder)
+    chosen = chosen_by(dispatch(), 64)
+    assert "in another's place" in chosen.origin and chosen.kernel.config == K_FAST.config(PROBLEM)
+    assert chosen.splits == split_candidates(
+        CONFIG, registers=128, batch=64, kv_heads=8, max_context=32768, target=TARGET
+    )[0]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_fewer_heads_than_tuned_get_a_kernel_that_reads_them(folder: Path, kv_heads: int) -> None:
+    """The table's kernel for batch 8 copies the pages of eight heads at once; that of batch 1 reads any number."""
+    wide = kernel(CONFIG.with_(warps=8, head_warps=8, load="bulk"), OTHER)
+    made = table()
+    made = replace(
+        made,
+        kernels=(K_FAST, wide),
+        by_batch=(made.by_batch[0], replace(made.by_batch[1], kernel=wide.id)),
+        by_batch_and_context=tuple(replace(e, kernel=K_FAST.id) for e in made.by_batch_and_context),
+    )
+    write_table(folder, made)
+    chooser, order = dispatch(kv_heads), CacheOrder.standard(CONFIG, kv_heads=kv_heads)
+    for batch in (1, 8 * 8 // kv_heads, 1024):
+        chosen = chosen_by(chooser, batch, order)
+        assert chosen.kernel.config == CONFIG, "no vLLM kernel, no kernel that cannot read the cache"
+    assert "in another's place" in chosen_by(chooser, 8 * 8 // kv_heads, order).origin
+    assert f"{kv_heads} KV head" in chooser.describe() and "1 of 2 batch sizes" in chooser.describe()
+    assert "KV head" not in dispatch(8).describe()
+    assert chosen_by(dispatch(8), 8).kernel.config == wide.config(PROBLEM), "all heads: the table's own choice"
+
+
+def test_where_no_kernel_reads_the_cache_vllm_runs_and_the_reason_is_told(folder: Path) -> None:
+    write_table(folder)
+    write_defaults(folder)
+    reason = dispatch().choose(8, None, 4096, replace(ORDER, block_size=24))
+    assert isinstance(reason, str) and "block size 24" in reason and K_FAST.id in reason
+    far = dispatch().choose(1000, None, 4096, replace(ORDER, block_size=24))
+    assert isinstance(far, str) and "2 x away" in far
 
 
 def test_without_a_table_the_default_runs_and_a_misaligned_cache_gets_plain_loads(folder: Path) -> None:
     write_defaults(folder)
     chooser = dispatch()
     assert "default kernel" in chooser.describe()
-    plain, odd = (chooser.choose(4, None, 32768, order) for order in (ORDER, ODD))
-    assert plain and plain.kernel.config == CONFIG
-    assert odd and odd.kernel.config["load"] == "direct"
-    assert chooser.choose(4, None, 32768, replace(ORDER, block_size=24)) is None
+    plain, odd = (chosen_by(chooser, 4, order) for order in (ORDER, ODD))
+    assert plain.kernel.config == CONFIG
+    assert odd.kernel.config["load"] == "direct"
+    assert "no table" in str(chooser.choose(4, None, 32768, replace(ORDER, block_size=24)))
 
 
 def test_with_neither_vllm_runs(folder: Path) -> None:
     chooser = dispatch()
     assert not chooser.usable
-    assert chooser.choose(4, None, 32768, ORDER) is None
+    assert isinstance(chooser.choose(4, None, 32768, ORDER), str)
     assert TARGET.device_name in (chooser.problem_found or "") and "tune.py" in (chooser.problem_found or "")
 
 
@@ -195,7 +239,7 @@ def test_damage_leaves_everything_to_vllm_and_is_said_once(
     with caplog.at_level(logging.INFO, "vllm.plugins.wph"):
         first, second = dispatch(), dispatch()
     assert not first.usable and first.problem_found == second.problem_found
-    assert first.choose(8, None, 4096, ORDER) is None
+    assert isinstance(first.choose(8, None, 4096, ORDER), str)
     assert len([r for r in caplog.records if "vLLM's kernel runs" in r.getMessage()]) == 1
 
 
@@ -209,18 +253,20 @@ def test_a_cubin_that_the_driver_refuses_leaves_everything_to_vllm(folder: Path)
     assert not chooser.usable and "refuses" in (chooser.problem_found or "")
 
 
-def test_scratch_covers_every_choice(folder: Path) -> None:
+@pytest.mark.parametrize("kv_heads", [8, 1])
+@pytest.mark.parametrize("with_defaults", [True, False])
+def test_scratch_covers_every_choice(folder: Path, kv_heads: int, with_defaults: bool) -> None:
     write_table(folder)
-    write_defaults(folder)
-    chooser = dispatch()
+    if with_defaults:
+        write_defaults(folder)
+    chooser = dispatch(kv_heads)
     floats, counters = chooser.requirement(48, 32768)
-    for batch in range(1, 49):
-        for context in (None, 1, 700, 1500, 9000, 32768):
-            for order in (ORDER, ODD):
-                chosen = chooser.choose(batch, context, 32768, order)
-                assert chosen
-                need = decode_scratch(chosen.kernel.config, batch=batch, kv_heads=8, splits=chosen.splits)
-                assert need.partial_floats <= floats and need.counters <= counters
+    standard = CacheOrder.standard(CONFIG, kv_heads=kv_heads)
+    orders = (standard, replace(standard, address=6)) if with_defaults else (standard,)
+    for batch, context, order in itertools.product(range(1, 49), (None, 1, 700, 1500, 9000, 32768), orders):
+        chosen = chosen_by(chooser, batch, order, context)
+        need = decode_scratch(chosen.kernel.config, batch=batch, kv_heads=kv_heads, splits=chosen.splits)
+        assert need.partial_floats <= floats and need.counters <= counters
 
 
 def test_defaults_round_trip_and_damage(folder: Path) -> None:

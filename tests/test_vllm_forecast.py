@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
-from tests.test_vllm_dispatch import CONFIG, PROBLEM, TARGET, Loaded, dispatch, write_defaults, write_table
+from tests.test_vllm_dispatch import CONFIG, PROBLEM, TARGET, dispatch, write_defaults, write_table
+from tests.test_vllm_prepared import Recorder
 from tuner.cli.install import command as install
 from tuner.errors import TunerError, UsageError
 from tuner.launch import cache_order
@@ -17,6 +19,7 @@ from tuner.reference import synthetic_cache
 from tuner.space.decode import direct_variant
 from tuner.vllm import diagnose, log, plugin, versions
 from tuner.vllm.defaults import build_defaults, find, read, write
+from tuner.vllm.dispatch import Chosen
 from tuner.vllm.eligible import LayerFacts
 from tuner.vllm.forecast import BOUNDARY, forecast
 from tuner.vllm.layer import Layer
@@ -39,9 +42,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def llama(cache_format: str = FORMAT) -> str:
+def llama(cache_format: str = FORMAT, ranks: int = 1) -> str:
     """The forecast's line for the one kind of layer that the model has."""
-    (line, boundary) = forecast(load_model("llama-3.1-8b"), cache_format, TARGET)
+    (line, boundary) = forecast(load_model("llama-3.1-8b").shard(ranks), cache_format, TARGET)
     assert boundary == BOUNDARY
     return line
 
@@ -51,6 +54,12 @@ def test_forecast_names_the_table_and_its_share(folder: Path) -> None:
     assert llama().startswith(
         f"32 layers (head dim 128, 32/8 heads, {FORMAT}): 2 kernels of {path.name}; measured share"
     )
+
+
+def test_forecast_tells_where_fewer_heads_than_tuned_change_the_choice(folder: Path) -> None:
+    write_table(folder)
+    assert "4 KV heads where 8 were tuned: 2 of 2 batch sizes run as chosen" in llama(ranks=2)
+    assert "1 KV head where 8 were tuned: 1 of 2 batch sizes run as chosen" in llama(ranks=8)
 
 
 def test_forecast_names_the_default_kernel(folder: Path) -> None:
@@ -92,17 +101,29 @@ def test_the_doctor_finds_neither_vllm_nor_gpu_and_says_what_to_do(folder: Path)
     assert not found["vLLM"].ok and versions.SUPPORTED in found["vLLM"].advice
     assert found["vLLM seam"].detail == "no vLLM to look at"
     assert found["vLLM kernels"].detail == "no GPU to load them on"
-    assert found["vLLM tables"].detail == f"none in {folder}" and "tune.py" in found["vLLM tables"].advice
+    assert found["vLLM tables"].ok and found["vLLM tables"].detail.endswith("tables with the package")
 
 
 def test_the_doctor_counts_tables_and_names_broken_ones(folder: Path) -> None:
     path, prebuilt = write_table(folder), write_defaults(folder)
     finding = dict(diagnose.checks())["vLLM tables"]()
-    assert finding.ok and finding.detail == f"1 whole in {folder}, and 1 sets of default kernels"
-    prebuilt.unlink()
+    assert finding.ok and f"1 tables and 1 sets of default kernels in {folder}, " in finding.detail
+    assert "with the package" in finding.detail
     path.write_text(path.read_text()[:-20])
     finding = dict(diagnose.checks())["vLLM tables"]()
     assert not finding.ok and path.name in finding.detail and "install" in finding.advice
+    path.unlink()
+    assert dict(diagnose.checks())["vLLM tables"]().ok
+    for cubin in (folder / "kernels").glob("*.cubin"):
+        cubin.write_bytes(b"\x7fELF else")
+    finding = dict(diagnose.checks())["vLLM tables"]()
+    assert not finding.ok and f"is not what {prebuilt.name} names" in finding.detail
+
+
+def test_the_doctor_misses_tables_where_none_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tuner.table.store.PACKAGE_TABLES", folder / "nowhere")
+    finding = dict(diagnose.checks())["vLLM tables"]()
+    assert not finding.ok and finding.detail.startswith(f"none in {folder}, ") and "tune.py" in finding.advice
 
 
 def test_the_doctor_sees_what_hides_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,14 +184,18 @@ def test_a_launch_is_prepared_for_the_chosen_kernel(folder: Path) -> None:
     assert layer.reason is None
     case = synthetic_cache(PROBLEM.layout, (20, 700), q_heads=32, kv_heads=8)
     chosen = layer.dispatch.choose(2, 700, 4096, cache_order(case.kv_cache))
-    assert chosen is not None and isinstance(chosen.kernel, Loaded)
+    assert isinstance(chosen, Chosen)
+    recorder = Recorder(chosen.kernel.config)
     out = torch.empty_like(case.query)
     tensors = (case.query, case.kv_cache, case.block_table, case.seq_lens, out)
-    scratch = (torch.zeros(1 << 20), torch.zeros(1 << 10, dtype=torch.int32))
-    prepared = layer._prepare_launch(chosen, tensors, *scratch, case.codec.centroids)
-    assert prepared.launches[0][0] == "wph_decode"
-    assert (prepared.params.query, prepared.params.out) == (case.query.data_ptr(), out.data_ptr())
-    assert prepared.pointers[0] and prepared.constants[0] is case.codec.centroids
+    partials, counters = torch.zeros(1 << 20), torch.zeros(1 << 10, dtype=torch.int32)
+    chosen = replace(chosen, kernel=recorder)  # type: ignore[arg-type]
+    prepared = layer._prepare_launch(chosen, tensors, partials, counters, case.codec.centroids)
+    names = ("query", "kv_cache", "block_table", "seq_lens", "out")
+    prepared.launch(**dict(zip(names, tensors, strict=True)), partials=partials, counters=counters)
+    (seen,) = recorder.seen
+    assert (seen["query"], seen["out"], seen["splits"]) == (case.query.data_ptr(), out.data_ptr(), chosen.splits)
+    assert seen["centroids"] == case.codec.centroids.data_ptr()
 
 
 def test_timings_are_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from tuner.workload import (
     default_workload,
     load_model,
 )
+from tuner.workload.huggingface import SLIDING
 
 CONFIGS = Path(__file__).parent / "configs"
 PLAIN = {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 4}
@@ -61,21 +62,28 @@ def test_folder_stands_for_its_config(tmp_path: Path) -> None:
         ({"layer_types": ["linear_attention", "conv", "full_attention", "mlp"]}, {Shape(128, 32, 8): 1}),
         (
             {"layer_types": ["sliding_attention"] * 3 + ["full_attention"], "sliding_window": 512},
-            {Shape(128, 32, 8): 1, Shape(128, 32, 8, sliding=True): 3},
+            {Shape(128, 32, 8): 1, Shape(128, 32, 8, SLIDING): 3},
         ),
-        ({"sliding_window": 4096}, {Shape(128, 32, 8, sliding=True): 4}),
+        ({"sliding_window": 4096}, {Shape(128, 32, 8, SLIDING): 4}),
         ({"sliding_window": 4096, "use_sliding_window": False}, {Shape(128, 32, 8): 4}),
         (
             {"sliding_window": 4096, "use_sliding_window": True, "max_window_layers": 3},
-            {Shape(128, 32, 8): 3, Shape(128, 32, 8, sliding=True): 1},
+            {Shape(128, 32, 8): 3, Shape(128, 32, 8, SLIDING): 1},
         ),
         (
             {"sliding_window": 512, "sliding_window_pattern": 4},
-            {Shape(128, 32, 8): 1, Shape(128, 32, 8, sliding=True): 3},
+            {Shape(128, 32, 8): 1, Shape(128, 32, 8, SLIDING): 3},
         ),
         (
             {"sliding_window": 512, "model_type": "gemma2"},
-            {Shape(128, 32, 8): 2, Shape(128, 32, 8, sliding=True): 2},
+            {Shape(128, 32, 8): 2, Shape(128, 32, 8, SLIDING): 2},
+        ),
+        ({"attn_logit_softcapping": 50.0}, {Shape(128, 32, 8, "a soft-cap"): 4}),
+        ({"attn_logit_softcapping": None, "alibi": False}, {Shape(128, 32, 8): 4}),
+        ({"alibi": True}, {Shape(128, 32, 8, "ALiBi"): 4}),
+        (
+            {"model_type": "gpt_oss", "layer_types": ["sliding_attention", "full_attention"] * 2},
+            {Shape(128, 32, 8, "attention sinks"): 2, Shape(128, 32, 8, f"{SLIDING} and attention sinks"): 2},
         ),
         # Gemma 4's smaller models do not share keys and values: all their layers have the same KV heads.
         ({"global_head_dim": 512, "num_global_key_value_heads": 4}, {Shape(512, 32, 4): 4}),
@@ -257,3 +265,19 @@ def test_cache_bytes_count_both_planes() -> None:
     for name, token_bytes in (("turboquant_4bit_nc", 134), ("turboquant_seed", 256)):
         layout = slot_layout(name, 128)
         assert cache_bytes(default_shape(128), layout, bucket) == 2 * 1024 * 8 * token_bytes
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [(1, Shape(128, 32, 8)), (2, Shape(128, 16, 4)), (8, Shape(128, 4, 1)), (16, Shape(128, 2, 1))],
+)
+def test_tensor_parallelism_divides_heads_as_vllm_does(ranks: int, expected: Shape) -> None:
+    """Beyond one KV head per GPU, GPUs hold copies of one."""
+    workload = PRESETS["qwen3-4b"].shard(ranks)
+    assert workload.shapes == ((expected, 36),) and workload.buckets == PRESETS["qwen3-4b"].buckets
+
+
+@pytest.mark.parametrize("ranks", [0, -1, 3, 24, 64])
+def test_heads_that_cannot_be_divided(ranks: int) -> None:
+    with pytest.raises(UsageError, match=rf"32 query and 8 KV heads cannot be divided among {ranks} GPUs"):
+        PRESETS["qwen3-4b"].shard(ranks)

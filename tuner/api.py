@@ -12,7 +12,7 @@ from torch import Tensor
 from tuner.arguments import group
 from tuner.errors import TunerError, UsageError
 from tuner.formats import SlotLayout, slot_layout
-from tuner.kernels import Selection, Tables, default_decode, default_dequant, default_store
+from tuner.kernels import Selection, Tables, default_decode, default_kernel
 from tuner.launch import DecodeCall, DequantCall, StoreCall, Workspace, cache_order
 from tuner.reference import Codec
 from tuner.reference import store as reference_store
@@ -22,7 +22,8 @@ from tuner.space import Problem
 def load_tables(folder: Path | str | None = None, device: int | None = None) -> Tables:
     """The dispatch tables for ``device`` (torch's current one), from ``folder`` or the usual places.
 
-    The usual places: $VLLM_TUNED_CONFIG_FOLDER, then the package. Raises TunerError without a GPU or the folder.
+    The usual places: $VLLM_TUNED_CONFIG_FOLDER, ``tuned/`` of vLLM's configuration folder, then the package. Raises
+    TunerError without a GPU or the folder.
     """
     if not torch.cuda.is_available():
         raise TunerError("no NVIDIA GPU: torch sees none, and a table's kernels run on nothing else")
@@ -66,11 +67,13 @@ def decode_attention(
     capturing = torch.cuda.is_current_stream_capturing()
     order = cache_order(kv_cache)
     chosen = None
+    context = None if capturing else max_context
+    longest = context or block_table.shape[1] * block_size
     if tables is not None:
-        context = None if capturing else max_context
-        chosen = tables.select(problem, batch=batch, kv_heads=kv_heads, context=context, order=order)
+        chosen = tables.select(
+            problem, batch=batch, kv_heads=kv_heads, context=context, longest=longest, order=order
+        )
     if chosen is None:
-        longest = max_context if max_context and not capturing else block_table.shape[1] * block_size
         chosen = default_decode(problem, device, order, batch=batch, context=longest)
     result = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
     codec = _codec(problem.layout, kv_cache.device, centroids, signs, channels)
@@ -133,7 +136,7 @@ def dequantize(
         assert requests is not None
         chosen = tables.select(problem, batch=requests.shape[0], kv_heads=kv_cache.shape[-2])
     if chosen is None:
-        chosen = default_dequant(problem, device)
+        chosen = default_kernel(problem, device)
     if out is None:
         assert block_table is not None
         blocks = kv_cache.shape[0] if by_block_id else block_table.numel()
@@ -179,7 +182,7 @@ def store(
     if tables is not None:
         chosen = tables.select(problem, batch=slot_mapping.shape[0], kv_heads=kv_cache.shape[-2])
     if chosen is None:
-        chosen = default_store(problem, _cuda_index(kv_cache))
+        chosen = default_kernel(problem, _cuda_index(kv_cache))
     StoreCall(chosen.kernel, kv_cache, key, value, slot_mapping, codec=codec)()
 
 

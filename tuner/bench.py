@@ -96,12 +96,13 @@ def bench_model(
 ) -> list[StepRow]:
     """A row per context and batch: for every shape a race of all contestants, times its layers, summed.
 
-    Layers with a sliding window are left out: vLLM runs them with its own kernel. ``budget_s``: about how long all
-    races take together; ``tell`` hears of each. Raises TunerError where nothing is left to time, or our kernel fails.
+    Layers that want more than plain attention, as a sliding window, are left out: vLLM runs them with its own kernel.
+    ``budget_s``: about how long all races take together; ``tell`` hears of each. Raises TunerError where nothing is
+    left to time, or our kernel fails.
     """
-    shapes = [(shape, layers) for shape, layers in workload.shapes if not shape.sliding]
+    shapes = [(shape, layers) for shape, layers in workload.shapes if not shape.wants]
     if not shapes:
-        raise TunerError(f"every layer of {workload.name} has a sliding window: there is nothing to time")
+        raise TunerError(f"every layer of {workload.name} has {workload.shapes[0][0].wants}: there is nothing to time")
     buckets = [Bucket(batch, context) for context, batch in product(contexts, batches)]
     rows = {
         bucket: StepRow(bucket.batch, bucket.context, sum(n for _, n in shapes), {}, 0.0, "") for bucket in buckets

@@ -13,7 +13,7 @@ from tuner.geometry import split_candidates
 from tuner.launch import LoadedKernel
 from tuner.space import Config, Problem, default_config
 from tuner.suits import CacheOrder, refusal, suited
-from tuner.table import Choice, Table, find, lookup, read, read_cubin, table_file_name
+from tuner.table import Choice, Table, find, lookup, read, read_cubin, substitute, table_file_name
 from tuner.targets import Target, attached, get_target
 
 
@@ -45,11 +45,13 @@ class Tables:
         batch: int,
         kv_heads: int,
         context: int | None = None,
+        longest: int = 1,
         order: CacheOrder | None = None,
     ) -> Selection | None:
         """The table's choice; ``context`` None asks for the one that is valid for every length.
 
-        None without a table, far from what it covers, or where its kernel cannot read a cache of ``order``.
+        Where its kernel cannot read a cache of ``order``, another kernel of the table, with splits for requests of up
+        to ``context``, else ``longest`` tokens. None without a table, far from what it covers, or where none can.
         """
         found = self._table(problem)
         if found is None:
@@ -60,7 +62,11 @@ class Tables:
             return None
         kernel = self._load(path, table, choice)
         if order is not None and refusal(kernel.config, order):
-            return None
+            target = attached(self.device) or get_target(device_arch(self.device))
+            choice = substitute(table, batch, order, target, context=context or longest)
+            if choice is None:
+                return None
+            kernel = self._load(path, table, choice)
         return Selection(kernel, choice.splits)
 
     def _table(self, problem: Problem) -> tuple[Path, Table] | None:
@@ -84,13 +90,8 @@ class Tables:
         return self._kernels[choice.kernel]
 
 
-def default_dequant(problem: Problem, device: int) -> Selection:
-    """The default configuration of op dequant, built the first time."""
-    return Selection(_built(default_config(problem), device)[0], 1)
-
-
-def default_store(problem: Problem, device: int) -> Selection:
-    """The default configuration of op store, built the first time."""
+def default_kernel(problem: Problem, device: int) -> Selection:
+    """The default configuration of op dequant or store, built the first time."""
     return Selection(_built(default_config(problem), device)[0], 1)
 
 

@@ -21,7 +21,7 @@ from benchmarks.grid.points import parse_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 _IN_GRAPH = re.compile(r"wph: (\S+): batch (\d+) in a graph: ")
-_LOADING = re.compile(r"wph: kernels verified and loaded in ([\d.]+) s")
+_LOADING = re.compile(r"wph: kernels of \d+ layers verified and loaded in ([\d.]+) s")
 _WORTH_SAYING = re.compile(r"wph: (?!\S+: batch )|Graph capturing finished|[Cc]ompil\w+ takes|Model loading took")
 _STOP_S = 20
 """Time an engine gets to end after it was told to."""

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import click
 
-from tuner.cli.options import CONTEXT_SETTINGS, DEFAULT_FORMAT, INT_LIST, debug_option, ensure_writable
+from tuner.cli.options import (
+    CONTEXT_SETTINGS,
+    DEFAULT_FORMAT,
+    INT_LIST,
+    debug_option,
+    ensure_writable,
+    tensor_parallel_option,
+)
 from tuner.cli.output import console
 from tuner.errors import TunerError, UsageError
 
@@ -48,9 +55,11 @@ from tuner.errors import TunerError, UsageError
 @click.option(
     "--budget", type=float, default=50.0, show_default=True, metavar="SECONDS", help="Time for all comparisons."
 )
+@tensor_parallel_option
 @debug_option
 def command(
     model: str,
+    ranks: int,
     cache_format: str,
     concurrency: tuple[int, ...],
     contexts: tuple[int, ...],
@@ -84,7 +93,7 @@ def command(
         raise UsageError(f"--attention-share is {attention_share}: expected a share above 0 and at most 1")
     if not 0 < budget < 86400:
         raise UsageError(f"--budget is {budget}: expected seconds, above 0 and less than a day")
-    workload = load_model(model)
+    workload = load_model(model).shard(ranks)
     if path is not None:
         ensure_writable(path.parent)
     target = attached(gpu)

@@ -14,8 +14,10 @@ from tuner.cli.options import (
     debug_option,
     ensure_writable,
     read_target,
+    tensor_parallel_option,
 )
 from tuner.cli.tables import table_paths, tables_argument
+from tuner.errors import UsageError
 
 if TYPE_CHECKING:
     from tuner.workload import Workload
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 @click.option(
     "--kv-cache-dtype", "cache_format", default=DEFAULT_FORMAT, show_default=True, metavar="FORMAT", help="For --model."
 )
+@tensor_parallel_option
 @debug_option
 def command(
     tables: tuple[Path, ...],
@@ -38,6 +41,7 @@ def command(
     allow_predicted: bool,
     model: str | None,
     cache_format: str,
+    ranks: int,
 ) -> None:
     """Put dispatch TABLES (files or folders; without any: build/tables) and their cubins where vLLM finds them.
 
@@ -49,10 +53,13 @@ def command(
     from tuner.table import install
     from tuner.workload import load_model
 
-    workload = None if model is None else load_model(model)  # a wrong name is told before anything is written
+    # A wrong name is told before anything is written.
+    workload = None if model is None else load_model(model).shard(ranks)
     get_format(cache_format)
     folder = install.install_folder()
     if uninstall:
+        if tables or workload is not None:
+            raise UsageError("--uninstall takes out all that was installed: expected no tables and no --model")
         _uninstall(folder, dry_run)
         return
     steps = install.plan(_paths(tables, workload is not None), folder, allow_predicted=allow_predicted)
@@ -72,7 +79,6 @@ def command(
 
 def _paths(tables: tuple[Path, ...], default_kernels: bool) -> list[Path]:
     """What to install; nothing where there are only shipped tables and ``default_kernels`` are to be installed."""
-    from tuner.errors import UsageError
     from tuner.table.install import TABLE_PATTERN
 
     if tables or any(DEFAULT_OUTPUT.glob(TABLE_PATTERN)):
@@ -93,7 +99,7 @@ def _model(workload: Workload, cache_format: str, folder: Path, dry_run: bool) -
 
     target, _ = read_target(None)
     layers = [
-        LayerFacts(s.head_dim, s.q_heads, s.kv_heads, cache_format, 1.0) for s, _ in workload.shapes if not s.sliding
+        LayerFacts(s.head_dim, s.q_heads, s.kv_heads, cache_format, 1.0) for s, _ in workload.shapes if not s.wants
     ]
     problems = list(dict.fromkeys(layer.problem for layer in layers if objection(layer) is None))
     if not dry_run:
@@ -102,7 +108,8 @@ def _model(workload: Workload, cache_format: str, folder: Path, dry_run: bool) -
                 click.echo(f"wrote {write(made, folder)} ({len(made.kernels)} default kernels)")
         except TunerError as error:
             click.echo(f"no default kernels: {error}")
-    click.echo(f"{workload.name} with --kv-cache-dtype {cache_format} on {target.device_name}:")
+    now = "; as it is now, before installing" if dry_run else ""
+    click.echo(f"{workload.name} with --kv-cache-dtype {cache_format} on {target.device_name}{now}:")
     for line in forecast(workload, cache_format, target):
         click.echo(f"  {line}")
 

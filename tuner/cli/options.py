@@ -47,6 +47,14 @@ def debug_option(function: F) -> F:
     )(function)
 
 
+def tensor_parallel_option(function: F) -> F:
+    """``--tensor-parallel-size``: as ``ranks``."""
+    return click.option(
+        "--tensor-parallel-size", "-tp", "ranks", type=int, default=1, show_default=True, metavar="N",
+        help="GPUs that vLLM will divide each layer's heads among: tables are for the heads of one.",
+    )(function)  # fmt: skip
+
+
 def problem_options(function: F) -> F:
     """What to compute and for which GPU: shared by the verbs that start from a head dim or a model."""
     for option in (
@@ -98,9 +106,10 @@ def problem_of(shape: Shape, op: str, cache_format: str) -> Problem:
 
 def problems_of(workload: Workload, op: str, cache_format: str) -> dict[Problem, Shape]:
     """The distinct problems of ``workload`` with a shape of each. Raises UsageError where there is nothing to tune."""
-    shapes = {problem_of(shape, op, cache_format): shape for shape, _ in workload.shapes if not shape.sliding}
+    shapes = {problem_of(shape, op, cache_format): shape for shape, _ in workload.shapes if not shape.wants}
     if not shapes:
-        raise UsageError(f"every layer of {workload.name} has a sliding window, and those keep vLLM's own kernel")
+        wants = workload.shapes[0][0].wants
+        raise UsageError(f"every layer of {workload.name} has {wants}, and those keep vLLM's own kernel")
     return shapes
 
 

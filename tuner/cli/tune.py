@@ -19,6 +19,7 @@ from tuner.cli.options import (
     problems_of,
     read_target,
     read_workload,
+    tensor_parallel_option,
 )
 from tuner.cli.output import console
 from tuner.errors import UsageError
@@ -36,6 +37,7 @@ MAX_WORKERS = 1024
 
 @click.command("tune", context_settings=CONTEXT_SETTINGS)
 @problem_options
+@tensor_parallel_option
 @click.option(
     "--warps",
     type=INT_LIST,
@@ -79,13 +81,13 @@ MAX_WORKERS = 1024
     help="Where tables and cubins go.",
 )
 @debug_option
-def command(head_dim: int | None, model: str | None, gqa: int | None, **options: Any) -> None:
+def command(head_dim: int | None, model: str | None, gqa: int | None, ranks: int, **options: Any) -> None:
     """Tune CUDA kernels for decode attention over a compressed KV cache, and write the dispatch table.
 
     On the attached GPU kernels are compiled, checked and timed. Without one, or with --arch of another GPU, they
     are compiled for that target and their times predicted by a static model; every line says which it was.
     """
-    workload = read_workload(head_dim, model, gqa)
+    workload = read_workload(head_dim, model, gqa).shard(ranks)
     requests = read_requests(workload, **options)
     helpers = (options["gpus"] or ())[1:]
     output: Path = options["output"]
@@ -99,8 +101,8 @@ def command(head_dim: int | None, model: str | None, gqa: int | None, **options:
     results: list[TuneResult] = []
     comparisons: list[Path] = []
     for shape, layers in workload.shapes:
-        if shape.sliding:
-            note = f"head dim {shape.head_dim}: {layers} layers with a sliding window keep vLLM's own kernel, not tuned"
+        if shape.wants:
+            note = f"head dim {shape.head_dim}: {layers} layers with {shape.wants} keep vLLM's own kernel, not tuned"
             out.print(note)
     for request in requests:
         out.print(terminal.heading(request))

@@ -17,6 +17,7 @@ from tuner.table.schema import (
     table_file_name,
 )
 from tuner.table.store import export, find, merge, read, read_cubin, verify, write
+from tuner.table.substitute import substitute
 
 __all__ = [
     "CUT_OFF",
@@ -41,6 +42,7 @@ __all__ = [
     "merge",
     "read",
     "read_cubin",
+    "substitute",
     "table_file_name",
     "verify",
     "write",

@@ -18,9 +18,8 @@ CUBIN_PATTERN = "sm_*-*.cubin"
 
 @dataclass(frozen=True)
 class Step:
-    """One table that will be written. ``source`` it comes from, ``merged`` with one that was already there."""
+    """One table that will be written; ``merged`` with one that was already there."""
 
-    source: Path
     path: Path
     table: Table
     cubins: dict[str, bytes]
@@ -38,7 +37,7 @@ def plan(paths: Sequence[Path], folder: Path, *, allow_predicted: bool = False) 
 
     Raises TunerError for a table that is broken, predicted (unless allowed), or cannot be merged with the one there.
     """
-    steps = []
+    steps: dict[Path, Step] = {}
     for path in paths:
         table = read(path)
         if table.evidence == "predicted" and not allow_predicted:
@@ -47,14 +46,13 @@ def plan(paths: Sequence[Path], folder: Path, *, allow_predicted: bool = False) 
             )
         cubins = {kernel.id: read_cubin(path, table, kernel.id) for kernel in table.kernels}
         there = folder / table.file_name
-        old = _readable(there)
-        if old is not None:
-            table = merge(old, table)
-            for kernel in table.kernels:
-                if kernel.id not in cubins:
-                    cubins[kernel.id] = read_cubin(there, old, kernel.id)
-        steps.append(Step(path, there, table, cubins, old is not None))
-    return steps
+        before = steps.get(there) or _installed(there)
+        if before is not None:
+            table = merge(before.table, table)
+            cubins = {kernel.id: (before.cubins | cubins)[kernel.id] for kernel in table.kernels}
+        merged = before is not None and (before.merged or there not in steps)
+        steps[there] = Step(there, table, cubins, merged)
+    return list(steps.values())
 
 
 def carry_out(steps: Sequence[Step]) -> None:
@@ -83,9 +81,10 @@ def uninstall(folder: Path) -> list[Path]:
     return paths
 
 
-def _readable(path: Path) -> Table | None:
-    """The table at ``path`` if it is whole; a broken one is as good as none and gets replaced."""
+def _installed(path: Path) -> Step | None:
+    """The table at ``path`` with its cubins if it is whole; a broken one is as good as none and gets replaced."""
     try:
-        return read(path)
+        table = read(path)
+        return Step(path, table, {k.id: read_cubin(path, table, k.id) for k in table.kernels}, True)
     except TableError:
         return None

@@ -50,7 +50,7 @@ def lookup(
     ``kv_heads`` (a model sharded otherwise than the tuned one): what counts is the number of independent rows,
     batch x KV heads, so the batch is scaled to the tuned number of KV heads.
     """
-    entry = _entry(table, _rows(table, batch, kv_heads), context, ragged)
+    entry = _entry(table, batch * row_scale(table, kv_heads), context, ragged)
     return None if entry is None else Choice(entry.kernel, entry.splits)
 
 
@@ -58,7 +58,7 @@ def explain(
     table: Table, batch: int, context: int | None = None, *, kv_heads: int | None = None, ragged: bool = False
 ) -> Explanation:
     """As ``lookup``, with kernel, limit, share, bottleneck, baselines, runner-up and the reason."""
-    rows = _rows(table, batch, kv_heads)
+    rows = batch * row_scale(table, kv_heads)
     entry = _entry(table, rows, context, ragged)
     if entry is None:
         batches = sorted({e.batch for e in table.by_batch})
@@ -81,8 +81,9 @@ def explain(
     return Explanation(Choice(entry.kernel, entry.splits), kernel, entry, timing, lines)
 
 
-def _rows(table: Table, batch: int, kv_heads: int | None) -> float:
-    return batch if kv_heads is None else batch * kv_heads / table.kv_heads
+def row_scale(table: Table, kv_heads: int | None) -> float:
+    """Rows of the tuned shape that a request with ``kv_heads`` KV heads counts for."""
+    return 1.0 if kv_heads is None else kv_heads / table.kv_heads
 
 
 def _context(timing: Timing) -> int:

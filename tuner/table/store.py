@@ -104,15 +104,24 @@ def write(table: Table, folder: Path | str, cubins: Mapping[str, bytes]) -> Path
 def find(problem: Problem, device_name: str) -> Path | None:
     """Path of the table: in $VLLM_TUNED_CONFIG_FOLDER first, then where ``install`` puts them for this user without it,
     then among those that came with the package."""
-    name = table_file_name(problem, device_name)
-    chosen = os.environ.get(FOLDER_VARIABLE)
-    for folder in ([Path(chosen)] if chosen else []) + [user_folder(), PACKAGE_TABLES]:
+    return find_file(table_file_name(problem, device_name))
+
+
+def find_file(name: str) -> Path | None:
+    """``name`` in the first of ``folders()`` that has it."""
+    for folder in folders():
         try:
             if (folder / name).is_file():
                 return folder / name
         except (OSError, ValueError):  # a folder name that the system cannot take
             continue
     return None
+
+
+def folders() -> list[Path]:
+    """Where tables and default kernels are looked for, in this order."""
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    return [*([Path(chosen)] if chosen else []), user_folder(), PACKAGE_TABLES]
 
 
 def user_folder() -> Path:

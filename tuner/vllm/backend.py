@@ -8,12 +8,17 @@ Nothing of ours but this file is needed for that.
 from __future__ import annotations
 
 import inspect
+import logging
+import os
+import time
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.attention.backends import turboquant_attn as upstream
+
+_LOGGER = logging.getLogger("vllm.plugins.wph")
 
 
 class WphTurboQuantBackend(upstream.TurboQuantAttentionBackend):
@@ -37,6 +42,7 @@ class WphTurboQuantMetadataBuilder(upstream.TurboQuantMetadataBuilder):
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        start = time.perf_counter()
         try:
             from tuner.vllm.startup import prepare
 
@@ -49,6 +55,9 @@ class WphTurboQuantMetadataBuilder(upstream.TurboQuantMetadataBuilder):
             prepare_stores(layer_names, vllm_config, device)
         except Exception as error:
             upstream_only(f"{type(error).__name__}: {error}", "store kernels")
+        if os.environ.get("WPH_LOG", "").lower() == "debug":
+            seconds = time.perf_counter() - start
+            _LOGGER.info("wph: kernels of %d layers verified and loaded in %.2f s", len(layer_names), seconds)
 
 
 class WphTurboQuantImpl(upstream.TurboQuantAttentionImpl):
@@ -168,11 +177,14 @@ def unhook() -> None:
     upstream.triton_turboquant_decode_attention = _upstream_decode
 
 
-def upstream_only(reason: str, what: str = "TurboQuant kernels") -> None:
-    """Says why vLLM's own kernels run, even where our own modules are what is broken."""
-    import logging
+_said: set[tuple[str, str]] = set()
 
-    logging.getLogger("vllm.plugins.wph").warning("wph: vLLM's own %s run: %s", what, reason)
+
+def upstream_only(reason: str, what: str = "TurboQuant kernels") -> None:
+    """Says once why vLLM's own kernels run, even where our own modules are what is broken."""
+    if (reason, what) not in _said:
+        _said.add((reason, what))
+        _LOGGER.warning("wph: vLLM's own %s run: %s", what, reason)
 
 
 hook()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from tuner.geometry import dynamic_shared_bytes
 from tuner.space.core import Problem
 from tuner.table import Kernel, TableError, kernel_id
 from tuner.table.files import MAX_CUBIN_BYTES, MAX_TABLE_BYTES, parse_json, read_beside, read_bounded, write_whole
-from tuner.table.store import FOLDER_VARIABLE, PACKAGE_TABLES, check_kernel, user_folder
+from tuner.table.store import check_kernel, find_file
 
 _VERSION = 1
 
@@ -41,29 +40,26 @@ def file_name(problem: Problem, arch: str) -> str:
 
 def find(problem: Problem, arch: str) -> Path | None:
     """Path of the file: where tables are found, in the same order."""
-    chosen = os.environ.get(FOLDER_VARIABLE)
-    for folder in ([Path(chosen)] if chosen else []) + [user_folder(), PACKAGE_TABLES]:
-        path = folder / file_name(problem, arch)
-        try:
-            if path.is_file():
-                return path
-        except (OSError, ValueError):
-            continue
-    return None
+    return find_file(file_name(problem, arch))
 
 
-def read(path: Path, problem: Problem, arch: str) -> Defaults:
-    """The defaults at ``path``, every cubin verified. Raises TableError, one line, for anything else."""
+def read(path: Path, problem: Problem | None = None, arch: str | None = None) -> Defaults:
+    """The defaults at ``path``, every cubin verified; ``problem`` and ``arch`` None: whatever the file says it is for.
+
+    Raises TableError, one line, for anything else.
+    """
     data = parse_json(read_bounded(path, MAX_TABLE_BYTES), path)
     try:
         if data["schema_version"] != _VERSION:
             raise TableError(f"{path} has schema version {data['schema_version']!r}: expected {_VERSION}")
-        found = Problem(**data["problem"]), data["arch"]
+        found = Problem(**data["problem"]), str(data["arch"])
         kernels = tuple(_kernel(k) for k in data["kernels"])
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
         raise TableError(f"{path} is not a file of default kernels: {type(error).__name__} {error}") from None
-    if found != (problem, arch) or not kernels:
-        raise TableError(f"{path} holds {found[0]} for {found[1]}: expected {problem} for {arch}")
+    expected = problem or found[0], arch or found[1]
+    if found != expected or not kernels:
+        raise TableError(f"{path} holds {found[0]} for {found[1]}: expected {expected[0]} for {expected[1]}")
+    problem, arch = found
     cubins = {}
     for kernel in kernels:
         try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from pathlib import Path
 
+from tuner.errors import TunerError
 from tuner.findings import Finding
 from tuner.formats import VLLM_PRESETS
 from tuner.space.core import Problem
@@ -60,18 +62,36 @@ def _seam() -> Finding:
 
 
 def _tables() -> Finding:
+    """Every file that vLLM may find, in all folders that it looks in."""
     from tuner.table import verify
-    from tuner.table.install import DEFAULTS_PATTERN, TABLE_PATTERN, install_folder
+    from tuner.table.install import DEFAULTS_PATTERN, TABLE_PATTERN
+    from tuner.table.store import PACKAGE_TABLES, folders
 
-    folder = install_folder()
-    tables = sorted(folder.glob(TABLE_PATTERN))
-    broken = [problem for path in tables for problem in verify(path)]
+    broken: list[str] = []
+    found: list[str] = []
+    for folder in folders():
+        tables, prebuilt = sorted(folder.glob(TABLE_PATTERN)), sorted(folder.glob(DEFAULTS_PATTERN))
+        broken += [problem for path in tables for problem in verify(path)]
+        broken += [str(problem) for path in prebuilt if (problem := _broken_defaults(path)) is not None]
+        where = "with the package" if folder == PACKAGE_TABLES else f"in {folder}"
+        counts = [f"{len(tables)} tables"] if tables else []
+        counts += [f"{len(prebuilt)} sets of default kernels"] if prebuilt else []
+        found += [f"{' and '.join(counts)} {where}"] if counts else []
     if broken:
         return Finding("vLLM tables", False, "; ".join(broken), "python tune.py install, or tune again")
-    prebuilt = len(list(folder.glob(DEFAULTS_PATTERN)))
-    if not tables and not prebuilt:
-        return Finding("vLLM tables", False, f"none in {folder}", _TUNE)
-    return Finding("vLLM tables", True, f"{len(tables)} whole in {folder}, and {prebuilt} sets of default kernels")
+    if not found:
+        return Finding("vLLM tables", False, f"none in {', '.join(map(str, folders()))}", _TUNE)
+    return Finding("vLLM tables", True, f"whole: {', '.join(found)}")
+
+
+def _broken_defaults(path: Path) -> TunerError | None:
+    from tuner.vllm import defaults
+
+    try:
+        defaults.read(path)
+    except TunerError as error:
+        return error
+    return None
 
 
 def _kernels() -> Finding:
@@ -109,6 +129,9 @@ def _calls() -> Iterator[tuple[bool, str]]:
                 problem = Problem("decode", head_dim, gqa, cache_format)
                 if find(problem, target.device_name) or find_defaults(problem, target.arch):
                     yield _call(problem, device)
+            problem = Problem("store", head_dim, 1, cache_format)
+            if find(problem, target.device_name):
+                yield _store_call(problem, device)
 
 
 def _call(problem: Problem, device: int) -> tuple[bool, str]:
@@ -125,6 +148,8 @@ def _call(problem: Problem, device: int) -> tuple[bool, str]:
     case = case.to(torch.device("cuda", device))
     facts = LayerFacts(problem.head_dim, kv_heads * problem.gqa, kv_heads, problem.cache_format, case.scale)
     layer = Layer(facts)
+    layer.prepare(torch.device("cuda", device), what, 700)
+    layer.reserve(len(case.seq_lens), case.query.dtype)
     out = layer.decode(case.query, case.kv_cache, case.block_table, case.seq_lens, case.codec.centroids, 700)
     if out is None or layer.dispatch is None:
         return False, f"{what}: {layer.reason or 'no kernel reads a fresh cache'}"
@@ -133,3 +158,22 @@ def _call(problem: Problem, device: int) -> tuple[bool, str]:
     if not error <= _TOLERANCE or bool(out[1].any()):
         return False, f"{what}: off by {error:.1e} from the reference"
     return True, f"{what}: {layer.dispatch.describe()}, error {error:.1e}"
+
+
+def _store_call(problem: Problem, device: int) -> tuple[bool, str]:
+    import torch
+
+    from tuner.check_store import compare, store_case
+    from tuner.reference import store
+    from tuner.vllm.store import StoreLayer
+
+    what = f"store of {problem.cache_format} head dim {problem.head_dim}"
+    case = store_case(problem, 64, kv_heads=2, seed=0, device=f"cuda:{device}", index_dtype=torch.int64)
+    layer = StoreLayer(problem.head_dim, 2, problem.cache_format)
+    layer.prepare(torch.device("cuda", device))
+    got, want = case.before.clone(), case.before.clone()
+    if not layer.store(case.key, case.value, got, case.slot_mapping, case.codec.centroids) or layer.dispatch is None:
+        return False, f"{what}: {layer.reason or 'no kernel for 64 tokens'}"
+    store(want, case.key, case.value, case.slot_mapping, case.codec)
+    fault = compare(got, want, case).fault
+    return fault is None, f"{what}: {fault or 'agrees with the reference'}"

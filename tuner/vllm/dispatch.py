@@ -12,7 +12,8 @@ from tuner.geometry import decode_scratch, dynamic_shared_bytes, entry_points, s
 from tuner.launch import LoadedKernel
 from tuner.space.core import Config, Problem
 from tuner.suits import CacheOrder, refusal
-from tuner.table import Table, TableError, find, lookup, read, read_cubin
+from tuner.table import CUT_OFF, Table, TableError, find, lookup, read, read_cubin, substitute
+from tuner.table.substitute import splits_by_rule
 from tuner.targets import Target, attached
 from tuner.vllm import defaults, log
 
@@ -49,7 +50,7 @@ class Dispatch:
         self.defaults: tuple[_Default, ...] = ()
         self._ready = load
         self._kernels: dict[str, LoadedKernel] = {}
-        self._choices: dict[tuple[int, int | None, CacheOrder], Chosen | None] = {}
+        self._choices: dict[tuple[int, int | None, CacheOrder], Chosen | str] = {}
         self.problem_found = self._load()
 
     @property
@@ -60,24 +61,24 @@ class Dispatch:
         """What runs, for the summary."""
         if self.table is not None:
             table = self.table
-            return f"table of {table.device.name} ({table.evidence}, {len(table.kernels)} kernels)"
+            found = f"table of {table.device.name} ({table.evidence}, {len(table.kernels)} kernels)"
+            return found + coverage(table, self.kv_heads)
         if self.defaults:
             return "default kernel (no table for this device: tune to choose better ones)"
         return f"vLLM's kernel: {self.problem_found}"
 
-    def choose(self, batch: int, context: int | None, max_context: int, order: CacheOrder) -> Chosen | None:
-        """The kernel for ``batch`` rows; None where vLLM's own must run.
+    def choose(self, batch: int, context: int | None, max_context: int, order: CacheOrder) -> Chosen | str:
+        """The kernel for ``batch`` rows, or why vLLM's own must run.
 
         ``context`` is the longest request, None in a CUDA graph, whose kernel serves every length up to
-        ``max_context``.
+        ``max_context``. First the table's choice. Where its kernel cannot read a cache of ``order``, another one of
+        the table; where the table does not reach, the default kernel. What is left of these comes last.
         """
         key = (batch, context, order)
         if key not in self._choices:
             if len(self._choices) >= _REMEMBERED:
                 self._choices.clear()
-            self._choices[key] = self._tuned(batch, context, order) or self._default(
-                batch, context or max_context, order
-            )
+            self._choices[key] = self._choose(batch, context, max_context, order)
         return self._choices[key]
 
     def requirement(self, rows: int, max_context: int) -> tuple[int, int]:
@@ -113,23 +114,33 @@ class Dispatch:
             self.defaults = tuple(
                 _Default(self._ready(found.cubins[k.id], k.config(self.problem)), k.registers) for k in found.kernels
             )
-        except TunerError as error:
+        except Exception as error:  # a good table must not suffer from it
             if self.table is None:
                 raise
-            log.warn(f"default kernels are left out: {error}")
+            log.warn(f"default kernels are left out: {type(error).__name__}: {error}")
 
-    def _tuned(self, batch: int, context: int | None, order: CacheOrder) -> Chosen | None:
+    def _choose(self, batch: int, context: int | None, max_context: int, order: CacheOrder) -> Chosen | str:
+        choice = lookup(self.table, batch, context, kv_heads=self.kv_heads) if self.table is not None else None
+        if choice is None:
+            why = f"the table's batches are more than {CUT_OFF:g} x away" if self.table else "there is no table"
+            ladder = (self._default, self._substitute)
+        else:
+            kernel = self._kernels[choice.kernel]
+            reason = refusal(kernel.config, order)
+            if reason is None:
+                return Chosen(kernel, choice.splits, f"table, kernel {choice.kernel}")
+            why = f"kernel {choice.kernel} of the table cannot read this cache: {reason}"
+            ladder = (self._substitute, self._default)
+        found = (step(batch, context or max_context, order) for step in ladder)
+        return next((chosen for chosen in found if chosen is not None), f"{why}, and no other kernel serves")
+
+    def _substitute(self, batch: int, context: int, order: CacheOrder) -> Chosen | None:
         if self.table is None:
             return None
-        choice = lookup(self.table, batch, context, kv_heads=self.kv_heads)
+        choice = substitute(self.table, batch, order, self.target, context=context)
         if choice is None:
             return None
-        kernel = self._kernels[choice.kernel]
-        reason = refusal(kernel.config, order)
-        if reason is not None:
-            log.say(f"tuned kernel {choice.kernel} cannot read this cache: {reason}")
-            return None
-        return Chosen(kernel, choice.splits, f"table, kernel {choice.kernel}")
+        return Chosen(self._kernels[choice.kernel], choice.splits, f"table, kernel {choice.kernel} in another's place")
 
     def _default(self, batch: int, context: int, order: CacheOrder) -> Chosen | None:
         for default in self.defaults:
@@ -148,17 +159,37 @@ class Dispatch:
         )[0]
 
     def _possible(self, rows: int, max_context: int) -> Iterable[tuple[Config, int, int]]:
-        """Every (configuration, batch, splits) that ``choose`` may answer with, but for smaller default splits."""
-        contexts: list[int | None] = [None]
-        if self.table is not None:
-            contexts += sorted({e.timing.context for e in self.table.by_batch_and_context})
+        """Every (configuration, batch, splits) that ``choose`` may answer with, but for fewer splits by rule."""
+        table = self.table
+        contexts = sorted({e.timing.context for e in table.by_batch_and_context}) if table else []
         for batch in range(1, rows + 1):
             for default in self.defaults:
                 yield default.kernel.config, batch, self._default_splits(default, batch, max_context)
-            for context in contexts if self.table is not None else ():
-                choice = lookup(self.table, batch, context, kv_heads=self.kv_heads) if self.table else None
+            if table is None:
+                continue
+            for kernel in table.kernels:
+                splits = splits_by_rule(kernel, table, batch, self.kv_heads, self.target, context=max_context)
+                yield self._kernels[kernel.id].config, batch, splits
+            for context in (None, *contexts):
+                choice = lookup(table, batch, context, kv_heads=self.kv_heads)
                 if choice is not None:
                     yield self._kernels[choice.kernel].config, batch, choice.splits
+
+
+def coverage(table: Table, kv_heads: int) -> str:
+    """Where a model's ``kv_heads`` are other than the tuned ones: for how many batch sizes the table's choice holds."""
+    if kv_heads == table.kv_heads:
+        return ""
+    configs = {k.id: k.config(table.problem) for k in table.kernels}
+    sizes = sorted({e.batch for e in table.by_batch})
+    held = 0
+    for batch in sizes:
+        choice = lookup(table, batch, kv_heads=kv_heads)
+        if choice is not None:
+            config = configs[choice.kernel]
+            held += refusal(config, CacheOrder.standard(config, kv_heads=kv_heads)) is None
+    heads = f"{kv_heads} KV head{'s' * (kv_heads > 1)} where {table.kv_heads} were tuned"
+    return f", {heads}: {held} of {len(sizes)} batch sizes run as chosen, others another of its kernels or the default"
 
 
 def load_table(path: Path, problem: Problem, arch: str, load: Loader) -> tuple[Table, dict[str, LoadedKernel]]:

@@ -6,6 +6,7 @@ from tuner.errors import TunerError
 from tuner.table import find, read
 from tuner.targets import Target
 from tuner.vllm import defaults
+from tuner.vllm.dispatch import coverage
 from tuner.vllm.eligible import LayerFacts, objection
 from tuner.vllm.summary import share
 from tuner.workload import Shape, Workload
@@ -24,7 +25,7 @@ def forecast(workload: Workload, cache_format: str, target: Target) -> list[str]
 
 
 def _facts(shape: Shape, cache_format: str) -> LayerFacts:
-    features = ("a sliding window",) if shape.sliding else ()
+    features = (shape.wants,) if shape.wants else ()
     return LayerFacts(shape.head_dim, shape.q_heads, shape.kv_heads, cache_format, 1.0, features)
 
 
@@ -38,7 +39,7 @@ def _kernel(facts: LayerFacts, target: Target) -> str:
     try:
         if path is not None:
             table = read(path, arch=target.arch)
-            return f"{len(table.kernels)} kernels of {path.name}; {share(table)}"
+            return f"{len(table.kernels)} kernels of {path.name}{coverage(table, facts.kv_heads)}; {share(table)}"
         if prebuilt is not None:
             defaults.read(prebuilt, problem, target.arch)
             return f"default kernel of {prebuilt.name}"

@@ -100,21 +100,18 @@ class Layer:
         batch = query.shape[0]
         if batch == 0 or query.device.type != "cuda" or min(seq_lens.shape[0], block_table.shape[0]) < batch:
             return None
-        capturing = torch.cuda.is_current_stream_capturing()
-        if self.dispatch is None:
-            if capturing:
-                return None
-            self.prepare(query.device)
         dispatch, scratch = self.dispatch, self._scratch
-        if dispatch is None or scratch is None or self.reason is not None:
+        if dispatch is None or scratch is None:  # start-up did not come this far, and said so
             return None
+        capturing = torch.cuda.is_current_stream_capturing()
         order = cache_order(kv_cache)
         # Layers share choices: only the alignment of a cache matters to them, not where it lies.
         order = replace(order, address=order.address % _ALIGNMENT)
         longest = self._max_context or block_table.shape[1] * kv_cache.shape[1]
         chosen = dispatch.choose(batch, None if capturing else context or None, longest, order)
-        if chosen is None:
-            log.say(f"{self.facts.describe()}, batch {batch}: no kernel of ours reads this cache, vLLM's runs")
+        if isinstance(chosen, str):
+            shape = self.facts.describe()
+            log.say(f"{shape}: vLLM's kernel runs for some batches, first for {batch}: {chosen}", about=shape)
             return None
         if log.is_debug():
             log.debug(f"{self.name}: batch {batch}{' in a graph' if capturing else ''}: {chosen.origin}")

@@ -14,9 +14,9 @@ def is_debug() -> bool:
     return os.environ.get("WPH_LOG", "").lower() == "debug"
 
 
-def say(message: str) -> None:
-    """An informative line, the first time only."""
-    _once(logging.INFO, message)
+def say(message: str, about: str | None = None) -> None:
+    """An informative line, the first time only; of those ``about`` one thing only the first."""
+    _once(logging.INFO, message, about)
 
 
 def warn(message: str) -> None:
@@ -35,7 +35,8 @@ def tell(message: str) -> None:
     _LOGGER.info("wph: %s", message)
 
 
-def _once(level: int, message: str) -> None:
-    if message not in _said:
-        _said.add(message)
+def _once(level: int, message: str, about: str | None = None) -> None:
+    key = about or message
+    if key not in _said:
+        _said.add(key)
         _LOGGER.log(level, "wph: %s", message)

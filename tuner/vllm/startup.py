@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ _CONTINUATION_ROWS = 128
 
 def prepare(layer_names: Sequence[str], vllm_config: Any, device: torch.device) -> None:
     """Prepares the layers of one KV-cache group for every batch that vLLM may run, before graphs are captured."""
-    start = time.perf_counter()
     layers = _layers(layer_names, vllm_config)
     reason = _engine_objection(vllm_config)
     rows = max(vllm_config.scheduler_config.max_num_seqs, _CONTINUATION_ROWS)
@@ -32,7 +30,6 @@ def prepare(layer_names: Sequence[str], vllm_config: Any, device: torch.device) 
             reserved.add(layer.facts)
     for line in summary(layers, detail=log.is_debug()):
         log.say(line)
-    log.debug(f"kernels verified and loaded in {time.perf_counter() - start:.2f} s")
 
 
 def _layers(layer_names: Sequence[str], vllm_config: Any) -> dict[str, Layer]:

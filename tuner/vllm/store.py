@@ -107,16 +107,13 @@ class StoreLayer:
     def _store(self, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor, centroids: Tensor) -> bool:
         if key.device.type != "cuda" or slot_mapping.shape[0] == 0:
             return False
-        if self.dispatch is None:
-            if torch.cuda.is_current_stream_capturing():
-                return False
-            self.prepare(key.device)
         dispatch = self.dispatch
-        if dispatch is None or self.reason is not None:
+        if dispatch is None:  # start-up did not come this far, and said so
             return False
         kernel = dispatch.choose(slot_mapping.shape[0])
         if kernel is None:
-            log.say(f"store of {slot_mapping.shape[0]} tokens: beyond what the table was tuned for, vLLM's runs")
+            tokens, what = slot_mapping.shape[0], f"store of {dispatch.problem.cache_format}"
+            log.say(f"{what}: vLLM's runs far from the tokens that were timed, first for {tokens}", about=what)
             return False
         prepared = self._prepared_for(kernel, key, value, kv_cache, slot_mapping, centroids)
         prepared.launch(key=key, value=value, kv_cache=kv_cache, slot_mapping=slot_mapping)

@@ -24,7 +24,7 @@ def verdict(layer: Layer) -> str:
     if layer.reason is not None:
         return f"vLLM's kernel: {layer.reason}"
     if layer.dispatch is None:
-        return "undecided until its first call"
+        return "vLLM's kernel: nothing was loaded for it"
     table = layer.dispatch.table
     return layer.dispatch.describe() + (f"; {share(table)}" if table is not None else "")
 

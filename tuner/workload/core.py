@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tuner.errors import UsageError
 from tuner.formats import SlotLayout, check_head_dim
@@ -21,12 +21,16 @@ _DEFAULT_HEADS = {64: (32, 8), 128: (32, 8), 256: (16, 2), 512: (32, 4)}  # head
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer's attention. ``sliding``: the layer attends to a window only, so vLLM's own kernel runs it."""
+    """One layer's attention.
+
+    ``wants``: what it asks for beyond plain causal attention, in words ("a sliding window"); vLLM's own kernel then
+    runs it. Empty where ours may.
+    """
 
     head_dim: int
     q_heads: int
     kv_heads: int
-    sliding: bool = False
+    wants: str = ""
 
     def __post_init__(self) -> None:
         check_head_dim(self.head_dim)
@@ -39,6 +43,13 @@ class Shape:
     def gqa(self) -> int:
         """Query heads per KV head."""
         return self.q_heads // self.kv_heads
+
+    def shard(self, ranks: int) -> Shape:
+        """The part of one of ``ranks`` GPUs under tensor parallelism, as vLLM divides heads. Raises UsageError."""
+        if ranks < 1 or self.q_heads % ranks or (self.kv_heads % ranks and ranks % self.kv_heads):
+            heads = f"{self.q_heads} query and {self.kv_heads} KV heads"
+            raise UsageError(f"{heads} cannot be divided among {ranks} GPUs: expected a divisor")
+        return replace(self, q_heads=self.q_heads // ranks, kv_heads=max(1, self.kv_heads // ranks))
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,10 @@ class Workload:
     name: str
     shapes: tuple[tuple[Shape, int], ...]
     buckets: tuple[Bucket, ...]
+
+    def shard(self, ranks: int) -> Workload:
+        """What one of ``ranks`` GPUs runs. Raises UsageError where the heads cannot be divided."""
+        return replace(self, shapes=tuple((shape.shard(ranks), layers) for shape, layers in self.shapes))
 
 
 def default_shape(head_dim: int, gqa: int | None = None) -> Shape:

@@ -18,6 +18,8 @@ from tuner.errors import UsageError
 from tuner.workload.core import Shape
 
 _MAX_LAYERS = 10_000  # more is a typing error, and would only cost memory
+SLIDING = "a sliding window"
+"""What ``Shape.wants`` says of layers that attend to a window only."""
 _FULL, _SLIDING, _OTHER = "full", "sliding", "other"
 _LAYER_KINDS = {
     "full_attention": _FULL,
@@ -60,7 +62,8 @@ def _shapes(config: Any) -> tuple[tuple[Shape, int], ...]:
         raise UsageError("no num_attention_heads: expected a model with attention")
     kinds = Counter(_layer_kinds(fields))
     by_kind = {_FULL: _full_shape, _SLIDING: _sliding_shape}
-    shapes = tuple((make(fields, heads), kinds[kind]) for kind, make in by_kind.items() if kinds[kind])
+    beyond = _beyond(fields)
+    shapes = tuple((make(fields, heads, beyond), kinds[kind]) for kind, make in by_kind.items() if kinds[kind])
     if not shapes:
         raise UsageError("none of the layers has attention over cached tokens: nothing to tune")
     return shapes
@@ -87,17 +90,29 @@ class _Fields:
         return None
 
 
-def _sliding_shape(fields: _Fields, heads: int) -> Shape:
-    return Shape(_head_dim(fields, heads), heads, fields.integer("num_key_value_heads") or heads, sliding=True)
+def _beyond(fields: _Fields) -> tuple[str, ...]:
+    """What attention of every layer wants that decode kernels here do not have."""
+    model_type = fields.get("model_type")
+    found = {
+        "a soft-cap": bool(fields.get("attn_logit_softcapping")),
+        "attention sinks": model_type == "gpt_oss",
+        "ALiBi": model_type == "bloom" or fields.get("alibi") is True,
+    }
+    return tuple(feature for feature, wanted in found.items() if wanted)
 
 
-def _full_shape(fields: _Fields, heads: int) -> Shape:
+def _sliding_shape(fields: _Fields, heads: int, beyond: tuple[str, ...]) -> Shape:
+    kv_heads = fields.integer("num_key_value_heads") or heads
+    return Shape(_head_dim(fields, heads), heads, kv_heads, " and ".join((SLIDING, *beyond)))
+
+
+def _full_shape(fields: _Fields, heads: int, beyond: tuple[str, ...]) -> Shape:
     """Gemma 4 gives its global layers larger heads, and fewer KV heads where keys serve as values too."""
     head_dim = fields.integer("global_head_dim") or _head_dim(fields, heads)
     kv_heads = fields.integer("num_key_value_heads") or heads
     if fields.get("attention_k_eq_v") is not False:
         kv_heads = fields.integer("num_global_key_value_heads") or kv_heads
-    return Shape(head_dim, heads, kv_heads)
+    return Shape(head_dim, heads, kv_heads, " and ".join(beyond))
 
 
 def _head_dim(fields: _Fields, heads: int) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tuner.errors import UsageError
 from tuner.workload.core import Shape, Workload, default_buckets
-from tuner.workload.huggingface import read_shapes
+from tuner.workload.huggingface import SLIDING, read_shapes
 
 PRESETS: dict[str, Workload] = {
     name: Workload(name, shapes, default_buckets())
@@ -16,7 +16,7 @@ PRESETS: dict[str, Workload] = {
         # 88 layers of Mamba, experts and, 8 times, attention
         ("nemotron-h-120b", ((Shape(128, 32, 2), 8),)),
         # every sixth of 60 layers is global, with larger heads
-        ("gemma-4-31b", ((Shape(512, 32, 4), 10), (Shape(256, 32, 16, sliding=True), 50))),
+        ("gemma-4-31b", ((Shape(512, 32, 4), 10), (Shape(256, 32, 16, SLIDING), 50))),
         ("llama-3.1-8b", ((Shape(128, 32, 8), 32),)),
         ("qwen3-4b", ((Shape(128, 32, 8), 36),)),
     )
