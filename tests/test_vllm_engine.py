@@ -95,6 +95,7 @@ def test_prompts_differ_and_end_alike() -> None:
     assert [p[:60] for p in long[:2]] == short and long[0] != long[1]
 
 
+@pytest.mark.vllm  # which brings transformers along
 def test_the_checkpoint_is_one_that_transformers_reads(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     folder = write_checkpoint(TINY, tmp_path)
