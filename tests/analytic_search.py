@@ -46,7 +46,8 @@ class Analytic:
         self.log: list[tuple[str, float, float, tuple[Config, ...]]] = []
         self.sweeps = 0
         self.race_s = 0.0
-        self.shares_s: list[float] = []
+        self.shares_s: dict[str, float] = {}
+        """Of each race, in their order: the time it was given."""
 
     def build(self, configs: Sequence[Config]) -> list[Candidate | Failure]:
         start = time.monotonic()
@@ -95,7 +96,7 @@ class Analytic:
     def final(
         self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str], budget_s: float
     ) -> Final | Failure:
-        self.shares_s.append(budget_s)
+        self.shares_s[bucket.key] = budget_s
         time.sleep(self.race_s)
         times = tuple(self.time(c.config, bucket, s) for c, s in contestants)
         winner = min(range(len(times)), key=lambda i: times[i].median_us)
@@ -141,3 +142,32 @@ def child(root: Path, trials: int, **changes: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
     )
+
+
+_OPEN = """
+import sys
+from tuner.search.storage import open_storage
+import optuna, sqlalchemy
+print("ready", flush=True)
+sys.stdin.readline()
+open_storage(sys.argv[1])
+print("open")
+"""
+
+
+def open_together(url: str, count: int = 3) -> list[str]:
+    """What processes say that open the storage at the same moment."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _OPEN, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, cwd=Path(__file__).parents[1],
+        )
+        for _ in range(count)
+    ]  # fmt: skip
+    for process in processes:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+    for process in processes:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return [process.communicate(timeout=60)[0].strip() for process in processes]

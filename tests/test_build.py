@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -154,6 +155,31 @@ def test_timeout_is_reported_and_tried_again(tmp_path: Path, compiler_runs: Path
     assert (late.kind, late.message) == ("compile", "nvcc took longer than 0.05 s")
     assert isinstance(build([tiny(1)], ["sm_90"], root=tmp_path / "b")[tiny(1).digest, "sm_90"], Built)
     assert runs(compiler_runs) == 2
+
+
+def test_a_missing_host_compiler_is_the_machines_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = (tiny(1).digest, "sm_90")
+    with monkeypatch.context() as broken:
+        broken.setenv("CXX", "/bin/false")
+        failed = build([tiny(1)], ["sm_90"], root=tmp_path)[place]
+    assert isinstance(failed, BuildFailure) and failed.retry, failed
+    assert isinstance(build([tiny(1)], ["sm_90"], root=tmp_path)[place], Built)
+    wrong = build([BROKEN], ["sm_90"], root=tmp_path)[BROKEN.digest, "sm_90"]
+    assert isinstance(wrong, BuildFailure) and not wrong.retry
+
+
+@pytest.mark.parametrize("damage", ["cubin", "entries", "nonsense"])
+def test_a_damaged_result_is_built_again(tmp_path: Path, damage: str) -> None:
+    place = (tiny(1).digest, "sm_90")
+    first = build([tiny(1)], ["sm_90"], root=tmp_path)[place]
+    assert isinstance(first, Built)
+    whole, result = first.cubin.read_bytes(), first.cubin.with_name("result.json")
+    if damage == "cubin":
+        first.cubin.write_bytes(whole[:-100])
+    else:
+        result.write_text("{}" if damage == "entries" else "[1, 2]")
+    again = build([tiny(1)], ["sm_90"], root=tmp_path)[place]
+    assert isinstance(again, Built) and hashlib.sha256(again.cubin.read_bytes()).hexdigest() == again.cubin_sha256
 
 
 def test_lost_cubin_is_built_again(tmp_path: Path) -> None:

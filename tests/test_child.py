@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from io import StringIO
@@ -238,3 +239,30 @@ def test_throttling_is_relative_to_the_usual_clock() -> None:
     assert clock.read_mhz() is None and not clock.throttled(None)
     clock._readings.extend([2000.0] * 5 + [2500.0])  # an idle GPU boosts once
     assert not clock.throttled(2000.0 * DROP) and clock.throttled(2000.0 * DROP - 1)
+
+
+def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
+    """Even one that reads no more, as where a kernel hangs."""
+    child = "from tuner.measure import child; child.end_with_parent(); print('up', flush=True); child.time.sleep(60)"
+    parent = (
+        "import subprocess, sys; "
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE, start_new_session=True); "
+        "child.stdout.readline(); print(child.pid, flush=True); sys.stdin.readline()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout and process.stdin
+    pid = int(process.stdout.readline())
+    os.kill(pid, 0)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and Path(f"/proc/{pid}").exists() and not is_zombie(pid):
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists() or is_zombie(pid)
+
+
+def is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True

@@ -99,7 +99,8 @@ def test_help_teaches_options_examples_and_verbs(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stderr == ""
     verbs = ("export", "install", "bench", "verify", "explain", "report", "space", "doctor")
     options = ("model", "head-dim", "kv-cache-dtype", "gqa", "op", "arch", "warps", "trials", "timeout", "race-timeout")
-    options += ("tensor-parallel-size", "workers", "gpus", "storage", "resume", "no-resume", "seed", "output", "debug")
+    options += ("recordings", "tensor-parallel-size")
+    options += ( "workers", "gpus", "storage", "resume", "no-resume", "seed", "output", "debug")
     for word in (*verbs, *(f"--{option}" for option in options), "python tune.py --head-dim 256"):
         assert word in done.stdout
     # Options alone mean the verb tune, so its help is the same page.
@@ -144,6 +145,8 @@ def test_version(tmp_path: Path) -> None:
         ("--head-dim 256 --trials 999999999", ("--trials", "100000")),
         ("--head-dim 256 --timeout 0", ("--timeout",)),
         ("--head-dim 256 --timeout nan", ("--timeout",)),
+        ("--head-dim 256 --timeout inf", ("--timeout", "a week")),
+        ("--head-dim 256 --gpus -1", ("GPU -1", "not attached")),
         ("--head-dim 256 --race-timeout 0", ("--race-timeout", "0")),
         ("--head-dim 256 --workers 0", ("--workers",)),
         ("--head-dim 256 --seed -1", ("--seed",)),
@@ -378,6 +381,15 @@ def test_search_ends_with_winners_and_the_tables_path(searched: tuple[Path, Done
     assert tune("verify", cwd=folder).returncode == 0
 
 
+def test_recordings_hold_every_trial(searched: tuple[Path, Done]) -> None:
+    folder, _ = searched
+    done = tune("--head-dim", 128, "--arch", "sm_121", "--trials", 4, "--recordings", "kept", cwd=folder, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (recording,) = (folder / "kept").iterdir()
+    trials = json.loads(recording.read_text())["trials"]
+    assert len(trials) == 4 and all(len(t["timings"]) == 46 for t in trials if t["score"])
+
+
 def test_second_search_compiles_nothing(searched: tuple[Path, Done]) -> None:
     folder, _ = searched
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.cubin") if "tables" not in p.parts}
@@ -385,6 +397,17 @@ def test_second_search_compiles_nothing(searched: tuple[Path, Done]) -> None:
     assert done.returncode == 0, done.stderr
     after = {p: p.stat().st_mtime_ns for p in folder.rglob("*.cubin") if "tables" not in p.parts}
     assert before and before == after
+
+
+def test_a_missing_host_compiler_is_told_before_anything_is_tried(tmp_path: Path) -> None:
+    refused(tune("--head-dim", 128, "--trials", 2, cwd=tmp_path, CXX="/no/such/g++"), 1, "/no/such/g++")
+    assert not (tmp_path / "build" / "study.db").exists()
+
+
+def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
+    path = make_table(tmp_path / "tables")
+    refused(tune("report", path, "--html", tmp_path, cwd=tmp_path), 2, "is a folder")
+    refused(tune("bench", "--model", "qwen3-4b", "--json", tmp_path, cwd=tmp_path), 2, "is a folder")
 
 
 def test_interrupt_says_how_to_go_on(tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ def test_the_fastest_kernel_wins_and_rivals_that_failed_have_no_time(evaluator: 
     assert isinstance(final, Final)
     assert final.winner == 1 and not final.tie
     sample = race.samples["kernel1"]
-    assert final.times[1] == Time(sample.median_us, sample.ci_low_us, sample.ci_high_us)
+    assert final.times[1] == Time(
+        sample.median_us, sample.ci_low_us, sample.ci_high_us, None, sample.n, sample.clock_mhz
+    )
     assert final.baselines_us == {"triton": race.samples["triton"].median_us, "sdpa_bf16": None}
 
 

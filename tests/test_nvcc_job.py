@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -78,11 +79,17 @@ def test_results_that_do_not_count(tmp_path: Path) -> None:
         return nvcc_job.read_result(tmp_path)
 
     assert nvcc_job.read_result(tmp_path / "none") is None
-    assert written(kind="compile", retry=True) is None
-    assert written(kind="compile", retry=False) == {"kind": "compile", "retry": False}
-    assert written(cubin_sha256="ab") is None  # no cubin beside it
+    failure = {"kind": "compile", "message": "error: no"}
+    assert written(**failure, retry=True) is None
+    assert written(**failure, retry=False) == failure | {"retry": False}
+    sha = hashlib.sha256(b"x").hexdigest()
+    whole = {"cubin_sha256": sha, "entries": {"wph_decode": {}}}
+    assert written(**whole) is None  # no cubin beside it
     (tmp_path / "kernel.cubin").write_bytes(b"x")
-    assert written(cubin_sha256="ab") == {"cubin_sha256": "ab"}
+    assert written(**whole) == whole
+    assert written(cubin_sha256=sha) is None
+    (tmp_path / "kernel.cubin").write_bytes(b"y")
+    assert written(**whole) is None
     (tmp_path / nvcc_job.RESULT).write_text("{")
     assert nvcc_job.read_result(tmp_path) is None
 

@@ -10,6 +10,7 @@ import pytest
 
 from tuner.measure import Sample, declare_winner, paired_ratio
 from tuner.measure.clock import Clock
+from tuner.measure.samples import LEAST_PAIRS
 from tuner.measure.timer import Timer, unthrottled
 from tuner.measure.turns import Turns, least_samples, short_samples
 
@@ -52,8 +53,20 @@ def test_winner_only_where_the_interval_excludes_one() -> None:
     assert declare_winner({"only": [1.0]}, ["only"]) == ("only", False)
 
 
+def test_few_rounds_tell_nothing() -> None:
+    """Of identical kernels the more complex one must not win more often than the interval allows."""
+    for pairs in (2, 3, LEAST_PAIRS - 1):
+        assert declare_winner({"a": [100.0] * pairs, "b": [50.0] * pairs}, ["a", "b"]) == ("a", True)
+    for pairs in (LEAST_PAIRS, 8, 16):
+        wins = sum(
+            declare_winner({"a": noisy(100, pairs, 2 * i), "b": noisy(100, pairs, 2 * i + 1)}, ["a", "b"])[0] == "b"
+            for i in range(400)
+        )
+        assert wins / 400 <= 0.06, pairs
+
+
 def test_rounds_that_one_sat_out_do_not_count() -> None:
-    fast, slow = noisy(90, 40, 2), [t if i % 8 == 0 else None for i, t in enumerate(noisy(100, 40, 1))]
+    fast, slow = noisy(90, 64, 2), [t if i % 8 == 0 else None for i, t in enumerate(noisy(100, 64, 1))]
     ratio, _, high = paired_ratio(fast, slow)
     assert ratio == paired_ratio(fast[::8], [t for t in slow if t])[0] and high < 1
     assert declare_winner({"slow": slow, "fast": fast}, ["slow", "fast"]) == ("fast", False)
@@ -137,7 +150,7 @@ def test_a_race_is_fair_to_the_fast_and_short_on_the_slow() -> None:
 def test_a_race_without_time_still_gives_everyone_its_least_samples() -> None:
     calls = {"noisy": call(50, 0.2, 1), "slow": call(9000, 0.2, 2)}
     rounds, samples = Simulated().race(calls, budget_s=-1.0)  # type: ignore[arg-type]
-    assert {n: s.n for n, s in samples.items()} == {"noisy": 3, "slow": 2}
+    assert {n: s.n for n, s in samples.items()} == {"noisy": LEAST_PAIRS, "slow": 2}
     assert rounds["slow"][2] is None
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from analytic_search import BUCKETS, PROBLEM, Analytic, request_for, search
+from optuna.trial import TrialState
 
 from tuner.errors import TunerError, UsageError
 from tuner.search import Candidate, Failure, Timings, tune
+from tuner.search.compiled import Compiler
 from tuner.search.evaluate import Scored
 from tuner.search.storage import open_study
 from tuner.space import Config, Problem, default_config
@@ -66,6 +68,42 @@ def test_errors_of_the_machine_end_the_search_and_cost_no_trial(tmp_path: Path) 
     result, evaluator, _ = search(tmp_path, trials=9)
     assert len(evaluator.scored()) == 9 and default_config(PROBLEM) in evaluator.scored()
     assert result.progress.done == 9
+
+
+def test_a_compiler_that_did_not_get_to_the_source_says_nothing_about_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [default_config(PROBLEM)]
+    with monkeypatch.context() as broken:
+        broken.setenv("CXX", "/bin/false")
+        (failed,) = Compiler("sm_90", tmp_path, None).build(configs)
+    assert isinstance(failed, Failure) and failed.kind == "error"
+    (built,) = Compiler("sm_90", tmp_path, None).build(configs)
+    assert isinstance(built, Candidate)
+
+
+def test_when_no_finalist_passes_the_last_gate_that_is_what_is_said(tmp_path: Path) -> None:
+    class Strict(Analytic):
+        def confirm(self, candidate: Candidate) -> Failure | None:
+            return Failure("wrong result", "late")
+
+    with pytest.raises(TunerError, match=r"finalists passes the gate once more, the last: wrong result: late"):
+        search(tmp_path, Strict(tmp_path))
+
+
+def test_a_trial_that_another_worker_took_over_costs_nothing_else(tmp_path: Path) -> None:
+    class Overtaken(Analytic):
+        def score(self, candidate: Candidate, best: Timings | None) -> Scored | Failure:
+            if len(self.scored()) == 1:  # somebody takes this worker for dead
+                study = open_study(request_for(self.root), "analytic")
+                running = study.get_trials(states=(TrialState.RUNNING,))
+                study.tell(min(t.number for t in running), state=TrialState.FAIL)
+            return super().score(candidate, best)
+
+    result, evaluator, _ = search(tmp_path, Overtaken(tmp_path), trials=6)
+    assert result.progress.done == 6 and len(evaluator.scored()) == 7
+    states = [t.state for t in open_study(request_for(tmp_path), "analytic").trials]
+    assert states.count(TrialState.COMPLETE) == 6 and states.count(TrialState.FAIL) == 1
 
 
 def test_finalist_that_fails_the_last_gate_is_not_published(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import postgres
 import pytest
-from analytic_search import Analytic, child, request_for, search
+from analytic_search import Analytic, child, open_together, request_for, search
 
 from tuner.search.storage import open_study
 
@@ -53,6 +53,13 @@ def test_a_killed_search_goes_on(tmp_path: Path, storage: str) -> None:
     result, evaluator, _ = search(tmp_path, trials=12, storage=storage, seed=2)
     assert before >= 5 and len(evaluator.scored()) == 12 - before
     assert result.progress.done == 12 and len(complete(tmp_path, storage, 2)) == 12
+
+
+def test_workers_may_make_the_tables_at_the_same_moment(storage: str) -> None:
+    found = postgres.programs()
+    assert found is not None
+    with postgres.server(found) as fresh:
+        assert open_together(fresh) == ["open"] * 3
 
 
 def test_same_outcome_as_in_a_file(tmp_path: Path, storage: str) -> None:

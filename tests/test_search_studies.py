@@ -9,16 +9,18 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
-from analytic_search import BUCKETS, TRIALS, Analytic, child, request_for, search
+from analytic_search import BUCKETS, TRIALS, Analytic, child, open_together, request_for, search
 
-from tuner.errors import TunerError
-from tuner.search import export_study, import_study
+from tuner.errors import TunerError, UsageError
+from tuner.search import Candidate, Failure, Timings, export_study, import_study
+from tuner.search.evaluate import Scored
 from tuner.search.storage import open_storage, open_study
 from tuner.space import get_space
-from tuner.table import merge, read, verify
+from tuner.table import merge, read, verify, write
 from tuner.targets import get_target
 
 
@@ -123,6 +125,20 @@ def test_published_table_merges_or_keeps_what_was_there(tmp_path: Path) -> None:
     assert third.path and verify(third.path) == ()
     assert third.path.with_name(third.path.name + ".replaced").read_text() == "{"
     assert "kept as" in events[-1].text
+    third.path.write_text("[")
+    fourth, _, events = search(tmp_path, trials=3)
+    assert fourth.path and ".replaced-2" in events[-1].text
+    aside = (".replaced", ".replaced-2")
+    assert [fourth.path.with_name(fourth.path.name + end).read_text() for end in aside] == ["{", "["]
+
+
+def test_a_measured_table_of_other_heads_is_not_replaced_by_a_predicted_one(tmp_path: Path) -> None:
+    first, _, _ = search(tmp_path, trials=3)
+    assert first.path
+    measured = replace(first.table, evidence="measured", kv_heads=4)
+    write(measured, first.path.parent, {i: f.read_bytes() for i, f in first.cubins.items()})
+    second, _, events = search(tmp_path, trials=3)
+    assert second.path and read(second.path) == measured and "kept the measured table" in events[-1].text
 
 
 def test_storage_that_refuses(tmp_path: Path) -> None:
@@ -147,6 +163,39 @@ def test_storage_that_accepts_and_stays_silent() -> None:
             open_storage(url)
         stop.cancel()
     assert time.monotonic() - start < storage.ANSWER_S + 3 and "\n" not in str(error.value)
+
+
+def test_workers_may_make_the_storage_at_the_same_moment(tmp_path: Path) -> None:
+    for number in range(3):
+        assert open_together(f"sqlite:///{tmp_path}/{number}.db") == ["open"] * 3
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "sqlite:///:memory:"])
+def test_a_storage_that_ends_with_the_process_is_refused(url: str) -> None:
+    with pytest.raises(UsageError, match="expected a file"):
+        open_storage(url)
+
+
+def test_a_storage_lost_on_the_way_is_one_line_that_says_how_to_go_on(tmp_path: Path) -> None:
+    class Cut(Analytic):
+        def score(self, candidate: Candidate, best: Timings | None) -> Scored | Failure:
+            (tmp_path / "study.db").write_bytes(b"no database at all" * 1000)
+            return super().score(candidate, best)
+
+    with pytest.raises(TunerError, match=r"storage sqlite:.* was lost: .*goes on") as error:
+        search(tmp_path, Cut(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_workers_elsewhere_are_judged_by_the_time_since_they_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tuner.search import storage
+
+    me = storage.worker_id()
+    assert storage._alive(me, None)
+    assert not storage._alive(me | {"started": 1}, None), "another process has the id now"
+    monkeypatch.setattr(storage, "_machine", lambda: "elsewhere")
+    assert storage._alive(me, datetime(2000, 1, 1)), "its clock may show another local time"
+    assert not storage._alive(me | {"since": time.time() - 7200}, None)
 
 
 def test_storage_that_cannot_be_created(tmp_path: Path) -> None:

@@ -107,3 +107,14 @@ def test_resident_ctas_and_what_limits_them() -> None:
     assert target.resident_ctas(16, 32, 0) == 4  # warps
     assert target.resident_ctas(1, 32, 100 * 1024) == 2  # shared memory
     assert target.resident_ctas(1, 32, 228 * 1024) == 0
+
+
+# Registers per thread -> CTAs of one and of two warps, as cudaOccMaxActiveBlocksPerMultiprocessor of CUDA 13.0's
+# cuda_occupancy.h answers for capability 9.0 without shared memory.
+OCCUPANCY = {65: (28, 14), 72: (28, 14), 80: (24, 12), 96: (20, 10), 112: (16, 8), 136: (12, 6), 184: (8, 4)}
+
+
+@pytest.mark.parametrize("registers", OCCUPANCY)
+def test_registers_are_those_of_a_quarter_of_the_sm(registers: int) -> None:
+    found = tuple(TARGETS["sm_90"].resident_ctas(warps, registers, 0) for warps in (1, 2))
+    assert found == OCCUPANCY[registers]

@@ -65,7 +65,8 @@ class Built:
 class BuildFailure:
     """A source that did not compile. ``kind`` is "compile", or "resource" (say, too much shared memory).
 
-    ``message`` is the compiler's first error; ``log`` its whole output, the source beside it.
+    ``message`` is the compiler's first error; ``log`` its whole output, the source beside it. ``retry``: the source may
+    be fine (the compiler was killed, took too long, found no host compiler), so the next build tries again.
     """
 
     digest: str
@@ -73,6 +74,7 @@ class BuildFailure:
     kind: str
     message: str
     log: Path
+    retry: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ class _Job:
         if failure is None:
             return None
         log = self.failed / "ptxas.txt"
-        return BuildFailure(self.source.digest, self.arch, failure["kind"], failure["message"], log)
+        retry = bool(failure.get("retry"))
+        return BuildFailure(self.source.digest, self.arch, failure["kind"], failure["message"], log, retry)
 
 
 def cache_key(text: str, arch: str, nvcc_version: str, flags: Iterable[str] = NVCC_FLAGS) -> str:
@@ -228,7 +231,7 @@ def build(
         folder = Path(tempfile.mkdtemp(prefix="graph-", dir=staging))
         _write_graph(list(missing.values()), folder, nvcc, gxx, timeout_s)
     except OSError as e:
-        raise TunerError(f"cannot write to the build folder {root}: {e.strerror}; choose another one") from None
+        raise TunerError(f"cannot write to the build folder {root}: {e.strerror}; run from another folder") from None
     try:
         before = len(results)
         output = _run_ninja(folder, nvcc.env, jobs, lambda edges: report(before + edges, len(wanted)))

@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 RESULT = "result.json"
+_MACHINE = re.compile(r"No space left|Killed|out of memory|nvcc fatal|host compiler|cc1plus")
+"""In a compiler's output: the machine is at fault, not the source."""
 _RESOURCE = re.compile(r"uses too much \w+ data|too many resources|[Rr]egister allocation failed")
 
 
@@ -59,13 +61,16 @@ def first_error(log: str) -> str:
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
-    """The result in ``folder``; None where there is none, or none that counts (no cubin left, or only a time-out)."""
+    """The result in ``folder``; None where there is none, or none that counts: damaged, or a failure to try again."""
     try:
         result: dict[str, Any] = json.loads((folder / RESULT).read_text())
-    except (OSError, ValueError):
+        if "message" in result:
+            return None if result.get("retry") or "kind" not in result else result
+        cubin = (folder / "kernel.cubin").read_bytes()
+        whole = result["entries"] and hashlib.sha256(cubin).hexdigest() == result["cubin_sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    gone = "cubin_sha256" in result and not (folder / "kernel.cubin").is_file()
-    return None if gone or result.get("retry") else result
+    return result if whole else None
 
 
 def _run(command: list[str], folder: Path, timeout_s: float) -> tuple[int | None, str]:
@@ -116,9 +121,9 @@ def compile_one(job: dict[str, Any]) -> bool:
         elif status == 0:
             result |= {"kind": "compile", "message": f"the source has no kernel named {job['entry']}"}
         else:
-            # Killed by a signal, or out of memory or disk: the source may be fine, so it is tried again next time.
+            # Killed, out of memory or disk, without a host compiler: the source may be fine, so it is tried again.
             killed = status < 0 or status - 128 in signal.valid_signals()
-            retry = killed or bool(re.search(r"No space left|Killed|out of memory", log))
+            retry = killed or bool(_MACHINE.search(log))
             kind = "resource" if _RESOURCE.search(log) else "compile"
             result |= {"kind": kind, "message": first_error(log), "retry": retry}
         _publish(staging, failed, result)

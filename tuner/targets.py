@@ -15,6 +15,7 @@ from tuner.errors import UsageError
 RESERVED_SHARED_BYTES = 1024
 """What the system keeps of shared memory per CTA (sm_90 and later)."""
 _REGISTER_UNIT = 256  # registers are allotted to a warp in units of this many
+_SM_PARTS = 4  # warp schedulers, each with a register file of its own
 _LEAST_REGISTERS = 16  # per thread, however few the kernel names
 _PLAUSIBLE_GBPS = (100.0, 20000.0)  # drivers of integrated memories report nonsense, or nothing
 
@@ -52,10 +53,12 @@ class Target:
     def resident_ctas(self, warps: int, registers: int, shared_bytes: int) -> int:
         """CTAs of ``warps`` warps that an SM holds at once, with ``registers`` per thread; 0 where one is too much."""
         per_warp = -(-max(registers, _LEAST_REGISTERS) * 32 // _REGISTER_UNIT) * _REGISTER_UNIT
+        # A warp's registers come from the part of the SM that issues it.
+        warps_with_registers = _SM_PARTS * (self.registers // _SM_PARTS // per_warp)
         return min(
             self.max_warps // warps,
             self.max_ctas,
-            self.registers // (per_warp * warps),
+            warps_with_registers // warps,
             self.shared_bytes_per_sm // (shared_bytes + RESERVED_SHARED_BYTES),
         )
 
@@ -127,7 +130,7 @@ def attached(device: int = 0) -> Target | None:
     """
     import torch
 
-    if device >= torch.cuda.device_count():
+    if not 0 <= device < torch.cuda.device_count():
         return None
     properties: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack some of what it has
     return describe(

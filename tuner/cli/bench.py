@@ -12,7 +12,7 @@ from tuner.cli.options import (
     DEFAULT_FORMAT,
     INT_LIST,
     debug_option,
-    ensure_writable,
+    ensure_file,
     tensor_parallel_option,
 )
 from tuner.cli.output import console
@@ -95,7 +95,7 @@ def command(
         raise UsageError(f"--budget is {budget}: expected seconds, above 0 and less than a day")
     workload = load_model(model).shard(ranks)
     if path is not None:
-        ensure_writable(path.parent)
+        ensure_file(path)
     target = attached(gpu)
     if target is None:
         raise TunerError(f"bench times kernels on a GPU, and GPU {gpu} is not attached: doctor says what is missing")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -45,9 +46,13 @@ class Helpers:
 
 
 def _help(request: TuneRequest) -> None:
-    from tuner.search import tune
+    from tuner.errors import TunerError
+    from tuner.search import work
 
-    tune(request)
+    try:
+        work(request)
+    except TunerError as error:
+        sys.exit(f"GPU {request.device} stops helping: {error}")
 
 
 def expect_attached(arch: str, devices: tuple[int, ...]) -> None:

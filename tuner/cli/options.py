@@ -119,10 +119,23 @@ def read_target(arch: str | None, device: int = 0) -> tuple[Target, str]:
 
     if arch is not None:
         get_target(arch)
-    here = attached(device)
+    try:
+        here = attached(device)
+    except UsageError:
+        if arch is None:
+            raise
+        here = None  # a GPU that nothing is known about does not keep others from being predicted
     if here is not None and arch in (None, here.arch):
         return here, "measured"
     return get_target(arch or FALLBACK_ARCH), "predicted"
+
+
+def ensure_file(path: Path) -> Path:
+    """``path``, a file that can be written, in a folder that is made if need be. Raises UsageError, TunerError."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: expected the name of a file")
+    ensure_writable(path.parent)
+    return path
 
 
 def ensure_writable(folder: Path) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from tuner.cli.options import CONTEXT_SETTINGS, debug_option, ensure_writable
+from tuner.cli.options import CONTEXT_SETTINGS, debug_option, ensure_file
 from tuner.cli.output import console
 from tuner.cli.tables import table_paths, tables_argument
 
@@ -28,7 +28,7 @@ def command(tables: tuple[Path, ...], html: Path | None) -> None:
     if html is not None:
         from tuner.report.html import page
 
-        ensure_writable(html.parent)
+        ensure_file(html)
         html.write_text(page(found), encoding="utf-8")
         click.echo(f"{html}: {len(found)} tables")
         return

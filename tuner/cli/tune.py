@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_TRIALS = 100_000
 MAX_WORKERS = 1024
+MAX_SECONDS = 7 * 86400
 
 
 @click.command("tune", context_settings=CONTEXT_SETTINGS)
@@ -80,6 +81,12 @@ MAX_WORKERS = 1024
     metavar="FOLDER",
     help="Where tables and cubins go.",
 )
+@click.option(
+    "--recordings",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Also write all trials there, as JSON: every kernel's time on every bucket.",
+)
 @debug_option
 def command(head_dim: int | None, model: str | None, gqa: int | None, ranks: int, **options: Any) -> None:
     """Tune CUDA kernels for decode attention over a compressed KV cache, and write the dispatch table.
@@ -88,15 +95,19 @@ def command(head_dim: int | None, model: str | None, gqa: int | None, ranks: int
     are compiled for that target and their times predicted by a static model; every line says which it was.
     """
     workload = read_workload(head_dim, model, gqa).shard(ranks)
+    recordings: Path | None = options.pop("recordings")
     requests = read_requests(workload, **options)
     helpers = (options["gpus"] or ())[1:]
     output: Path = options["output"]
-    ensure_writable(output)
+    for folder in (output, *([recordings] if recordings else [])):
+        ensure_writable(folder)
 
     from tuner import toolchain
     from tuner.report import terminal
+    from tuner.search import export_study
 
-    toolchain.find()
+    toolchain.find({request.target.arch for request in requests})
+    toolchain.find_gxx()
     out = console()
     results: list[TuneResult] = []
     comparisons: list[Path] = []
@@ -110,6 +121,8 @@ def command(head_dim: int | None, model: str | None, gqa: int | None, ranks: int
             comparisons.append(_compare_layouts(out, request))
             continue
         result = _search(out, request, helpers)
+        if recordings is not None:
+            export_study(request, recordings / f"{result.study_name}.json")
         out.print(terminal.winners(result.table))
         out.print(terminal.kernels(result.table))
         for line in terminal.summary(result.table):
@@ -153,8 +166,8 @@ def read_requests(
     _expect("--workers", workers, 1, MAX_WORKERS)
     _expect("--seed", seed, 0, 2**32 - 1)
     for option, seconds in (("--timeout", timeout), ("--race-timeout", race_timeout)):
-        if seconds is not None and not seconds > 0:
-            raise UsageError(f"{option} is {seconds:g}: expected more than 0 seconds")
+        if seconds is not None and not 0 < seconds <= MAX_SECONDS:
+            raise UsageError(f"{option} is {seconds:g}: expected more than 0 seconds, and at most a week")
     get_format(cache_format)
     shapes = problems_of(workload, op, cache_format)
     restrict = {"warps": warps} if warps else {}

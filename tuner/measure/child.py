@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,22 @@ PREPARING = 0.6
 """Share of a race's time after which no further contestant is prepared."""
 _CHECK_SPLITS = (1, 3, 16)
 _LOST_CONTEXT = 3
+_LOST_PARENT = 4
+
+
+_PARENT_CHECK_S = 1.0
+
+
+def end_with_parent() -> None:
+    """Ends this process once its parent is gone: a kernel that hangs would else keep the GPU for good."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_CHECK_S)
+        os._exit(_LOST_PARENT)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 class Child:
@@ -307,6 +324,7 @@ def main() -> int:
     parser.add_argument("--pool-bytes", type=int)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     status = serve(

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 FailureKind = Literal["crash", "timeout", "wrong result", "resource", "error"]
 CONFIDENCE = 0.95
+LEAST_PAIRS = 6
+"""Rounds without which no difference is told: of five, all fall on one side by chance in one case of 16."""
 RESAMPLES = 1000
 
 
@@ -77,13 +79,13 @@ def paired_ratio(a_us: Times, b_us: Times, *, seed: int = 0) -> tuple[float, flo
 def declare_winner(rounds_us: Mapping[str, Times], simplicity: Sequence[str]) -> tuple[str, bool]:
     """(winner, is a tie). ``rounds_us``: paired times per contestant; ``simplicity``: names, simplest first.
 
-    The contestant with the least median wins if the interval of its paired ratio to every simpler one excludes 1;
-    otherwise the simplest of those that it cannot be told from stands, and it is a tie.
+    The contestant with the least median wins if the interval of its paired ratio to every simpler one excludes 1, over
+    at least LEAST_PAIRS rounds; otherwise the simplest of those that it cannot be told from stands, and it is a tie.
     """
     fastest = min(simplicity, key=lambda name: float(np.median([t for t in rounds_us[name] if t is not None])))
     for simpler in simplicity[: simplicity.index(fastest)]:
-        _, _, high = paired_ratio(rounds_us[fastest], rounds_us[simpler])
-        if high >= 1.0:
+        pairs = [p for p in zip(rounds_us[fastest], rounds_us[simpler], strict=True) if None not in p]
+        if len(pairs) < LEAST_PAIRS or paired_ratio(rounds_us[fastest], rounds_us[simpler])[2] >= 1.0:
             return simpler, True
     return fastest, False
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from tuner.measure.samples import LEAST_PAIRS
+
 LEAST_SAMPLES = 3
 SLOW_US = 5_000.0
 """Calls longer than this repeat to within a fraction of a percent."""
@@ -46,8 +48,8 @@ class Turns:
 
     @property
     def least_rounds(self) -> int:
-        """Rounds after which everyone has the least number of samples."""
-        return max(self._least.values())
+        """Rounds after which everyone has the least number of samples, and the fast ones can be told apart."""
+        return max(LEAST_PAIRS, *self._least.values())
 
 
 def _power_of_two(least: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -52,14 +53,16 @@ def choose(
     ``deadline`` of the races, by time.monotonic(): a bucket that it leaves no time for keeps the times of the search.
     """
     finalists = _usable(request, records)
+    dropped: list[Failure] = []
     while True:
         if not finalists:
-            raise TunerError(_nothing_runs(records))
+            raise TunerError(_nothing_runs(records, dropped))
         plan = _plan(request, finalists)
         numbers = sorted({*plan.portfolio, *plan.references})
         candidates, rejected = _confirm(evaluator, {n: finalists[n] for n in numbers}, tracker)
         if not rejected:
             break
+        dropped += rejected.values()
         finalists = [r for n, r in enumerate(finalists) if n not in rejected]
     finals = _race(request, plan, candidates, evaluator, tracker, rivals, deadline)
     table = _table(request, plan, finals, finalists, candidates)
@@ -94,7 +97,10 @@ def _usable(request: TuneRequest, records: Iterable[Record]) -> list[Record]:
     return sorted(complete, key=lambda r: (r.candidate.registers if r.candidate else 0, r.config != default, r.number))
 
 
-def _nothing_runs(records: Sequence[Record]) -> str:
+def _nothing_runs(records: Sequence[Record], dropped: Sequence[Failure]) -> str:
+    if dropped:
+        last = dropped[-1]
+        return f"none of {len(dropped)} finalists passes the gate once more, the last: {last.kind}: {last.message}"
     failures = [r.failure for r in records if r.failure]
     if not failures:
         return "no configuration was tried within the restrictions and the time: allow more trials, time or values"
@@ -130,15 +136,18 @@ def _plan(request: TuneRequest, finalists: Sequence[Record]) -> _Plan:
 
 def _confirm(
     evaluator: Evaluator, finalists: dict[int, Record], tracker: Tracker
-) -> tuple[dict[int, Candidate], set[int]]:
-    """Builds the finalists (they may come from another machine's run) and passes them through the gate once more."""
+) -> tuple[dict[int, Candidate], dict[int, Failure]]:
+    """Builds the finalists (they may come from another machine's run) and passes them through the gate once more.
+
+    What passed, and what did not, by number.
+    """
     built = evaluator.build([r.config for r in finalists.values()])
-    candidates, rejected = {}, set()
+    candidates, rejected = {}, {}
     for (number, record), result in zip(finalists.items(), built, strict=True):
         failure = result if isinstance(result, Failure) else evaluator.confirm(result)
         if isinstance(result, Failure) or failure:
             assert failure
-            rejected.add(number)
+            rejected[number] = failure
             tracker.note(record.config, None, failure)
             tracker.tell("race", f"finalist dropped, {failure.kind}: {failure.message}", record.config, None, failure)
         else:
@@ -159,6 +168,8 @@ def _race(
     finals = {}
     best = best_splits(plan.points)
     racing = [b for b in request.buckets if b.key in plan.points]
+    # In no order of size or kind: where the time ends the races, what is left out should not be all of one sort.
+    random.Random(request.seed).shuffle(racing)
     limits = [limit_us(request.problem, request.shape, b, request.target) for b in racing]
     # Half of the time in equal shares, half by size: slow baselines take long where the cache is large.
     weights = [1 / len(racing) + limit / sum(limits) for limit in limits]
@@ -280,7 +291,7 @@ class _Outcome:
         t = self.times[point]
         return Timing(
             self.bucket.context, self.bucket.ragged, t.median_us, t.ci_low_us, t.ci_high_us, self.limit_us,
-            self.baselines_us, t.bottleneck,
+            self.baselines_us, t.bottleneck, t.samples, t.clock_mhz,
         )  # fmt: skip
 
     def runner_up(self, point: Point, finalists: Sequence[Record]) -> RunnerUp | None:

@@ -22,7 +22,7 @@ class Compiler:
         self.built: dict[str, Built] = {}
 
     def build(self, configs: Sequence[Config]) -> list[Candidate | Failure]:
-        """One result per configuration; one that does not render or compile is a Failure (compile, resource)."""
+        """One result per configuration; one that does not render or compile is a Failure (compile, resource, error)."""
         rendered: list[Source | Failure] = []
         for config in configs:
             try:
@@ -41,7 +41,8 @@ class Compiler:
                 self.built[source.digest] = result
                 answer.append(_candidate(source, result))
             else:
-                answer.append(Failure(result.kind, result.message))
+                # What may go better next time says nothing about the configuration.
+                answer.append(Failure("error" if result.retry else result.kind, result.message))
         return answer
 
 

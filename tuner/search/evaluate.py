@@ -19,12 +19,15 @@ MAX_SPLITS = 4
 
 @dataclass(frozen=True)
 class Time:
-    """Median and 95% interval in us; ``bottleneck`` where the static model names one."""
+    """Median and 95% interval in us; ``bottleneck`` where the static model names one; ``samples`` and SM clock where
+    it was measured."""
 
     median_us: float
     ci_low_us: float
     ci_high_us: float
     bottleneck: str | None = None
+    samples: int | None = None
+    clock_mhz: float | None = None
 
 
 Timings = dict[str, dict[int, Time]]

@@ -167,4 +167,6 @@ class MeasuredEvaluator:
 
 
 def _time(sample: Sample) -> Time:
-    return Time(sample.median_us, sample.ci_low_us, sample.ci_high_us)
+    return Time(
+        sample.median_us, sample.ci_low_us, sample.ci_high_us, samples=sample.n, clock_mhz=sample.clock_mhz
+    )

@@ -49,9 +49,9 @@ class Tracker:
             return True
         return False
 
-    def trial(self, config: Config, score: float | None, failure: Failure | None) -> None:
-        """One trial of this run ended."""
-        self._done += 1
+    def trial(self, config: Config, score: float | None, failure: Failure | None, done: int) -> None:
+        """One trial of this run ended; ``done`` now count, of all workers."""
+        self._done = done
         best = self.note(config, score, failure)
         if failure:
             text = f"{failure.kind}: {failure.message}"

@@ -15,7 +15,7 @@ def publish(table: Table, folder: Path, cubins: Mapping[str, Path]) -> tuple[Pat
     """Writes ``table`` to ``folder``, merged with the one that is there; returns its path and what was done.
 
     A measured table is not replaced by a predicted one. One that cannot be merged (damaged, of another schema, or
-    tuned with other KV heads) is kept beside the new one with the ending ``.replaced``.
+    tuned with other KV heads) is kept beside the new one with the ending ``.replaced``, ``.replaced-2`` and so on.
     """
     path = folder / table.file_name
     try:
@@ -26,9 +26,10 @@ def publish(table: Table, folder: Path, cubins: Mapping[str, Path]) -> tuple[Pat
         return write(table, folder, new), f"wrote {path}"
     try:
         old = read(path)
-        merged = merge(old, table)
+        merged = old if (old.evidence, table.evidence) == ("measured", "predicted") else merge(old, table)
     except TableError as error:
-        aside = path.with_name(f"{path.name}.replaced")
+        names = (path.with_name(f"{path.name}.replaced{n}") for n in ("", *(f"-{i}" for i in range(2, 10_000))))
+        aside = next(name for name in names if not os.path.lexists(name))
         try:
             os.replace(path, aside)
         except OSError as problem:

@@ -39,7 +39,8 @@ class Record:
 
 
 def pack(timings: Timings) -> dict[str, dict[str, list[Any]]]:
-    """Compact JSON: bucket -> splits -> [median] or [median, low, high], and the bottleneck where one is named."""
+    """Compact JSON: bucket -> splits -> [median], or [median, low, high, samples] and the clock where they are known;
+    then the bottleneck where one is named."""
     return {b: {str(s): _pack_time(t) for s, t in row.items()} for b, row in timings.items()}
 
 
@@ -139,14 +140,16 @@ def _load(number: int, trial: Mapping[str, Any], problem: Problem, space: Space)
 
 def _pack_time(time: Time) -> list[Any]:
     points = [float(f"{t:.6g}") for t in (time.median_us, time.ci_low_us, time.ci_high_us)]
-    if points[0] == points[1] == points[2]:
+    if time.samples is None and points[0] == points[1] == points[2]:
         points = points[:1]
-    return [*points, time.bottleneck] if time.bottleneck else points
+    measured = [x for x in (time.samples, time.clock_mhz) if x is not None]
+    return [*points, *measured, *([time.bottleneck] if time.bottleneck else [])]
 
 
 def _unpack_time(data: list[Any]) -> Time:
     *points, last = data
     bottleneck = last if isinstance(last, str) else None
     times = points if bottleneck else data
-    low, high = (times[1], times[2]) if len(times) == 3 else (times[0], times[0])
-    return Time(times[0], low, high, bottleneck)
+    low, high = times[1:3] if len(times) >= 3 else (times[0], times[0])
+    samples, clock_mhz = (*times[3:5], None, None)[:2]
+    return Time(times[0], low, high, bottleneck, samples, clock_mhz)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TRIALS = {"predicted": 96, "measured": 160}
 DEFAULT_TIMEOUT_S = {"predicted": 180.0, "measured": 360.0}
+_POLL_S = 0.5
 _MAX_ERRORS = 5
 """Failures in a row that are nobody's configuration's fault, after which the search gives up."""
 
@@ -144,18 +146,27 @@ class Search:
         """Until the trials are spent, the time is up, or nothing new is left in the space."""
         current: Batch = []
         building: Future[list[Candidate | Failure]] | None = None
-        with ThreadPoolExecutor(1, thread_name_prefix="build") as builder:
-            try:
-                while True:
-                    upcoming = self._ask()
-                    queued = builder.submit(self.evaluator.build, [c for _, c in upcoming]) if upcoming else None
-                    if building is None and queued is None:
-                        return
-                    if building is not None:
-                        self._evaluate(current, building.result())
-                    current, building = upcoming, queued
-            finally:
-                self._abandon()
+        builder = ThreadPoolExecutor(1, thread_name_prefix="build")
+        try:
+            while True:
+                upcoming = self._ask()
+                queued = builder.submit(self.evaluator.build, [c for _, c in upcoming]) if upcoming else None
+                if building is None and queued is None:
+                    return
+                if building is not None:
+                    self._evaluate(current, building.result())
+                current, building = upcoming, queued
+        finally:
+            builder.shutdown(cancel_futures=True)  # an interrupt must not begin another batch
+            self._abandon()
+
+    def wait_for_others(self, limit_s: float) -> None:
+        """Until no other worker is at a trial of this study, at most ``limit_s``."""
+        from tuner.search.storage import is_anyone_at_work
+
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline and is_anyone_at_work(self.study):
+            time.sleep(_POLL_S)
 
     def _ask(self) -> Batch:
         """Up to a batch of new trials; several workers together do not exceed the number asked for."""
@@ -205,9 +216,12 @@ class Search:
         """Ends a trial that was asked for and shall not be evaluated; it does not count."""
         from optuna.trial import TrialState
 
-        trial.set_user_attr(why, True)
-        self.study.tell(trial, state=TrialState.FAIL)
+        from tuner.search.storage import taken_over
+
         del self.open_trials[trial.number]
+        with taken_over():
+            trial.set_user_attr(why, True)
+            self.study.tell(trial, state=TrialState.FAIL)
 
     def rivals(self, budget_s: float) -> tuple[str, ...]:
         """Names of the tuned baselines; found once per study, unless the request names its baselines."""
@@ -227,6 +241,7 @@ class Search:
 
     def _evaluate(self, batch: Batch, results: list[Candidate | Failure]) -> None:
         from tuner.search import records
+        from tuner.search.storage import taken_over
 
         for (trial, config), result in zip(batch, results, strict=True):
             if self.tracker.out_of_time and self.scored:
@@ -239,10 +254,18 @@ class Search:
                     raise TunerError(f"gave up after {_MAX_ERRORS} errors in a row, the last: {failure.message}")
             else:
                 self.errors_in_a_row = 0
-            records.tell(self.study, trial, record)
             del self.open_trials[trial.number]
+            with taken_over():
+                records.tell(self.study, trial, record)
             self.scored |= record.score is not None
-            self.tracker.trial(config, record.score, failure)
+            self.tracker.trial(config, record.score, failure, self._finished())
+
+    def _finished(self) -> int:
+        """Trials that count, of all workers."""
+        from optuna.trial import TrialState
+
+        states = (TrialState.COMPLETE, TrialState.PRUNED)
+        return sum(map(self._in_scope, self.study.get_trials(deepcopy=False, states=states)))
 
     def _record(self, number: int, config: Config, result: Candidate | Failure) -> Record:
         """Times what was built. Whatever goes wrong with one kernel is that kernel's failure and no one else's."""

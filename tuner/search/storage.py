@@ -8,6 +8,8 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +25,12 @@ if TYPE_CHECKING:
 ANSWER_S = 10.0
 """How long a storage may take to answer before it counts as absent."""
 _CONNECT_S = 5.0
-_FOREIGN_STALE = timedelta(hours=1)
+_FOREIGN_STALE_S = 3600.0
 """A running trial of another host whose process cannot be looked up is taken for dead after this long."""
+_ATTEMPTS = 5
+"""At opening a storage that other workers may be making at the same moment."""
+_STATEMENT_S = 60
+"""A server that takes longer over a statement counts as lost."""
 _RECORD_VERSION = 1
 
 
@@ -44,23 +50,26 @@ def open_storage(url: str) -> RDBStorage:
         raise UsageError(f"storage {url!r} is not a URL: expected for example sqlite:///build/study.db") from None
     shown = parsed.render_as_string(hide_password=True)
     backend = parsed.get_backend_name()
-    connect_args: dict[str, Any] = {"timeout": 60} if backend == "sqlite" else {"connect_timeout": int(_CONNECT_S)}
-    if backend == "sqlite" and parsed.database:
-        _make_folder(Path(parsed.database), shown)
+    if backend == "sqlite":
+        if parsed.database in (None, "", ":memory:"):
+            raise UsageError(f"storage {shown} would be gone with this process: expected a file, as sqlite:///study.db")
+        _make_folder(Path(str(parsed.database)), shown)
     if parsed.host:
         _probe(parsed.host, parsed.port or {"postgresql": 5432, "mysql": 3306}.get(backend), shown)
 
+    options = {"connect_args": _connect_args(backend, parsed.get_driver_name()), "pool_pre_ping": backend != "sqlite"}
     outcome: list[RDBStorage | Exception] = []
 
     def connect() -> None:
-        try:
-            outcome.append(
-                optuna.storages.RDBStorage(
-                    url, engine_kwargs={"connect_args": connect_args, "pool_pre_ping": backend != "sqlite"}
-                )
-            )
-        except Exception as error:  # drivers raise what they like; the caller's thread sorts it out
-            outcome.append(error)
+        for attempt in range(_ATTEMPTS):
+            try:
+                outcome.append(optuna.storages.RDBStorage(url, engine_kwargs=options))
+                return
+            except Exception as error:  # drivers raise what they like; the caller's thread sorts it out
+                if attempt == _ATTEMPTS - 1 or not _is_being_made(error):
+                    outcome.append(error)
+                    return
+            time.sleep(0.1 * 2**attempt)
 
     # A server that accepts and then says nothing would block a driver without a time-out of its own.
     thread = threading.Thread(target=connect, daemon=True)
@@ -114,9 +123,48 @@ def open_study(request: TuneRequest, fingerprint: str, sampler: Any = None) -> S
         raise _storage_error(error, url) from None
 
 
+@contextmanager
+def storage_errors(url: str) -> Iterator[None]:
+    """Turns what a storage raises that is lost on the way into a TunerError."""
+    import optuna
+    import sqlalchemy
+
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, sqlalchemy.exc.SQLAlchemyError) as error:
+        shown = sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+        reason = _reason(error.__cause__ or error)
+        raise TunerError(f"storage {shown} was lost: {reason}; once it answers, the same command goes on") from error
+
+
+@contextmanager
+def taken_over() -> Iterator[None]:
+    """For what is told of one's own trial: whoever took this process for dead has ended it, and what it says counts."""
+    import optuna
+
+    try:
+        yield
+    except (optuna.exceptions.UpdateFinishedTrialError, ValueError) as error:
+        if isinstance(error, ValueError) and "Cannot tell a" not in str(error):
+            raise
+
+
+def is_anyone_at_work(study: Study) -> bool:
+    """Whether a worker that seems to live is at a trial."""
+    from optuna.trial import TrialState
+
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return any(_alive(t.user_attrs.get("worker"), t.datetime_start) for t in running)
+
+
 def worker_id() -> dict[str, Any]:
-    """Who works on a trial: enough to tell later whether that process still lives."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
+    """Who works on a trial, and since when (UTC): enough to tell later whether that process still lives."""
+    return {
+        "host": _machine(),
+        "pid": os.getpid(),
+        "started": _process_start(os.getpid()),
+        "since": time.time(),
+    }
 
 
 def recover(study: Study) -> int:
@@ -149,9 +197,18 @@ def _alive(worker: Any, started: datetime | None) -> bool:
     age = datetime.now() - started if started else timedelta()
     if not isinstance(worker, dict):
         return age < timedelta(seconds=10)  # between being asked for and being signed
-    if worker.get("host") != socket.gethostname():
-        return age < _FOREIGN_STALE
+    if worker.get("host") != _machine():
+        return time.time() - float(worker.get("since", 0.0)) < _FOREIGN_STALE_S
     return _process_start(int(worker["pid"])) == worker.get("started")
+
+
+def _machine() -> str:
+    """Where process ids are one's own: the host, since its last boot, in this PID namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def _process_start(pid: int) -> int | None:
@@ -184,8 +241,28 @@ def _probe(host: str, port: int | None, shown: str) -> None:
         ) from None
 
 
+def _connect_args(backend: str, driver: str) -> dict[str, Any]:
+    if backend == "sqlite":
+        return {"timeout": 60}
+    arguments: dict[str, Any] = {"connect_timeout": int(_CONNECT_S)}
+    if driver in ("psycopg", "psycopg2"):  # libpq's parameters, times in ms
+        arguments |= {"options": f"-c statement_timeout={_STATEMENT_S}000", "tcp_user_timeout": _STATEMENT_S * 1000}
+    return arguments
+
+
+def _is_being_made(error: Exception) -> bool:
+    """Another worker makes the same tables at this moment: one of the two comes second."""
+    text = str(error)
+    return any(sign in text for sign in ("already exists", "UNIQUE constraint", "duplicate key", "alembic_version"))
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(getattr(error, "orig", None) or error).split())[:160]
+    return text or type(error).__name__
+
+
 def _storage_error(error: Exception, shown: str) -> TunerError:
-    reason = " ".join(str(getattr(error, "orig", None) or error).split())[:160]
+    reason = _reason(error)
     if isinstance(error, ImportError):
         return UsageError(f"storage {shown} needs a driver that is not installed: {reason}")
-    return TunerError(f"storage {shown} cannot be used: {reason or type(error).__name__}; check --storage")
+    return TunerError(f"storage {shown} cannot be used: {reason}; check --storage")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from tuner.space import get_space
 from tuner.table.schema import EVIDENCE
 
 DEFAULT_RACE_TIMEOUT_S = 75.0
+OTHERS_S = 30.0
+"""How long to wait for other workers' last trials once there are none left to begin."""
 _RIVALS_SHARE = 0.3
 """Of the time after the search: for the constants of the Triton baseline."""
 
@@ -26,20 +29,29 @@ def tune(request: TuneRequest, on_event: OnEvent | None = None, evaluator: Evalu
     answer, unwritable output, no configuration that runs.
     """
     from tuner.search.choose import choose
-    from tuner.search.storage import storage_url
+    from tuner.search.storage import storage_errors, storage_url
 
     check_request(request)
     evaluator = evaluator or evaluator_for(request)
-    try:
+    with storage_errors(storage_url(request)), closing(evaluator):
         search = Search.open(request, on_event, evaluator)
         search.run()
+        search.wait_for_others(OTHERS_S)
         after_s = request.race_timeout_s or DEFAULT_RACE_TIMEOUT_S
         deadline = time.monotonic() + after_s
         rivals = search.rivals(_RIVALS_SHARE * after_s)
         result = choose(request, search.records(), evaluator, search.tracker, rivals, deadline)
         return replace(result, study_name=search.study.study_name, storage=storage_url(request))
-    finally:
-        evaluator.close()
+
+
+def work(request: TuneRequest, evaluator: Evaluator | None = None) -> None:
+    """Works on the trials of a study that another process evaluates in the end. Raises as ``tune`` does."""
+    from tuner.search.storage import storage_errors, storage_url
+
+    check_request(request)
+    evaluator = evaluator or evaluator_for(request)
+    with storage_errors(storage_url(request)), closing(evaluator):
+        Search.open(request, None, evaluator).run()
 
 
 def export_study(request: TuneRequest, path: Path, evaluator: Evaluator | None = None) -> int:

@@ -153,8 +153,11 @@ def _slot_line(table: Table) -> str:
 
 
 def _time_lines(table: Table, t: Timing) -> list[str]:
+    interval = f" [{t.ci_low_us:.2f}, {t.ci_high_us:.2f}]" if table.evidence == "measured" else ""
+    samples = f" of {t.samples} samples" if t.samples else ""
+    clock = f" at {t.clock_mhz:.0f} MHz" if t.clock_mhz else ""
     lines = [
-        f"{table.evidence} {t.time_us:.2f} us [{t.ci_low_us:.2f}, {t.ci_high_us:.2f}]; "
+        f"{table.evidence} {t.time_us:.2f} us{interval}{samples}{clock}; "
         f"memory limit {t.limit_us:.2f} us, {t.limit_share:.0%} of it reached"
         + (f"; bottleneck: {t.bottleneck}" if t.bottleneck else "")
     ]

@@ -83,7 +83,8 @@ class Timing:
     Times in microseconds: median and its 95% interval (predicted: all three equal). ``limit_us`` is compressed bytes
     (and the bf16 rows', for dequantisation and a store) over the achievable bandwidth, ``limit_share`` is
     limit_us / time_us. A store of N tokens has batch N and context 1.
-    ``baselines_us`` maps a baseline's name to its median, None where it was not measured.
+    ``baselines_us`` maps a baseline's name to its median, None where it was not measured. ``samples``: timed calls
+    behind a measured median; ``clock_mhz``: the median SM clock meanwhile, None where it cannot be read.
     """
 
     context: int
@@ -94,6 +95,8 @@ class Timing:
     limit_us: float
     baselines_us: Mapping[str, float | None]
     bottleneck: str | None = None
+    samples: int | None = None
+    clock_mhz: float | None = None
 
     @property
     def limit_share(self) -> float:
@@ -248,7 +251,9 @@ def _runner_up(data: Mapping[str, Any] | None) -> RunnerUp | None:
 
 
 def _timing_json(timing: Timing) -> dict[str, Any]:
-    return asdict(timing) | {"baselines_us": dict(timing.baselines_us), "limit_share": timing.limit_share}
+    data = asdict(timing) | {"baselines_us": dict(timing.baselines_us), "limit_share": timing.limit_share}
+    absent = [name for name in ("samples", "clock_mhz") if data[name] is None]
+    return {name: value for name, value in data.items() if name not in absent}
 
 
 def _timing(data: Mapping[str, Any]) -> Timing:
