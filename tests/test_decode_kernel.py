@@ -13,7 +13,7 @@ from emulated import emulate_decode, worst_head_error
 from tuner.emulate import compile_many
 from tuner.formats import FORMATS, HEAD_DIMS, slot_layout
 from tuner.launch import cache_order
-from tuner.reference import Case, codebook, synthetic_cache
+from tuner.reference import Case, Codec, bulk_case, codebook, make_cache, store, synthetic_cache
 from tuner.render import render
 from tuner.space import Config, Problem, default_config, get_space, seed_config
 from tuner.space.core import Value
@@ -38,8 +38,9 @@ def draw(chooser: random.Random, warps: int) -> dict[str, Value]:
     if values["load"] == "direct":
         values["stages"] = 1
     if values["math"] == "mma":
-        values["accumulate"] = "f32"
+        values["accumulate"] = "precise"
     else:
+        values["accumulate"] = chooser.choice(("f32", "f16x2"))
         values["query"] = "shared"
     return values
 
@@ -172,6 +173,61 @@ def test_peaked_softmax_and_huge_queries() -> None:
     case = small_case(DEFAULT, (200, 50))
     huge = replace(case, query=case.query * 2.0**100, scale=case.scale * 2.0**-100)
     check(DEFAULT, huge)
+
+
+@pytest.mark.parametrize("cache_format", ["turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_k8v4"])
+def test_scores_of_many_nats(cache_format: str) -> None:
+    """Scores deviate by about 50: whatever moves a key's length by 1e-5 moves its weight by a thousandth."""
+    config = default_config(Problem("decode", 128, 4, cache_format))
+    for seed in range(3):
+        case = bulk_case(config.problem.layout, (1024, 1021, 700), q_heads=32, kv_heads=8, seed=seed)
+        check(config, replace(case, query=case.query * 30))
+
+
+def value_case(config: Config, size: float) -> Case:
+    """1000 tokens whose values have a standard deviation of ``size``."""
+    problem, generator, tokens = config.problem, torch.Generator().manual_seed(0), 1000
+    codec = Codec.for_layout(problem.layout, 0)
+    pages = -(-tokens // 16)
+    cache = make_cache(problem.layout, pages, 16, 1, generator=generator)
+    key, value = torch.randn(2, tokens, 1, problem.head_dim, generator=generator)
+    store(cache, key.bfloat16(), (size * value).bfloat16(), torch.arange(tokens), codec)
+    query = torch.randn(1, problem.gqa, problem.head_dim, generator=generator).bfloat16()
+    table, lengths = torch.arange(pages, dtype=torch.int32)[None], torch.tensor([tokens], dtype=torch.int32)
+    return Case(query, cache, table, lengths, problem.head_dim**-0.5, codec)
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-2, 1e4])
+@pytest.mark.parametrize("cache_format", ["turboquant_4bit_nc", "turboquant_3bit_nc", "turboquant_seed_dense"])
+def test_values_of_any_size(cache_format: str, size: float) -> None:
+    config = default_config(Problem("decode", 128, 4, cache_format))
+    check(config, value_case(config, size))
+
+
+def test_a_row_of_equal_values_adds_nothing_but_its_zero_point() -> None:
+    """Its scale is zero as a half."""
+    config = default_config(Problem("decode", 64, 2, "turboquant_4bit_nc"))
+    case = value_case(config, 1.0)
+    slot = slot_layout("turboquant_4bit_nc", 64)
+    at = slot.value_offset + slot.value.scale_offset
+    case.kv_cache[::2, ..., at : at + 2] = 0
+    check(config, case)
+    case.kv_cache[..., at : at + 2] = 0
+    check(config, case)
+
+
+def test_a_scale_that_is_not_a_number_reaches_the_output() -> None:
+    for cache_format in ("turboquant_4bit_nc", "turboquant_seed_dense"):
+        config = default_config(Problem("decode", 64, 2, cache_format))
+        case = small_case(config, (20,))
+        layout = slot_layout(cache_format, 64)
+        field = layout.value.scale_offset if layout.value.scale_offset is not None else layout.value.norm_offset
+        block = int(case.block_table[0, 0])
+        slots = case.kv_cache[block] if not layout.format.separate_planes else case.kv_cache[block, 1]
+        start = (0 if layout.format.separate_planes else layout.value_offset) + field
+        slots[3, 0, start : start + 2] = torch.tensor([0x00, 0x7E], dtype=torch.uint8)
+        out = emulate_decode(config, case)
+        assert torch.isnan(out[0, :2]).all() and not torch.isnan(out[0, 2:]).any(), cache_format
 
 
 def test_nan_keys_reach_the_output() -> None:

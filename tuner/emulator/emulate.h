@@ -193,6 +193,8 @@ WPH_DEVICE unsigned short e4m3_pack(float lo, float hi) {
     return static_cast<unsigned short>(wph::e4m3_bits(hi) << 8 | wph::e4m3_bits(lo));
 }
 WPH_DEVICE float add_down(float a, float b) { return wph::sum_down(a, b); }
+// Subnormals count as zero.
+WPH_DEVICE float lg2(float v) { return log2f(fabsf(v) < 0x1p-126f ? 0.0f : v); }
 // Results below the normal range become zero; inputs there count as zero.
 WPH_DEVICE float ex2(float v) {
     const float d = exp2f(v);

@@ -17,7 +17,7 @@ AXES = (
     Axis("stages", (2, 1, 3, 4), "steps in flight per warp"),
     Axis("tokens", (16, 32, 64), "tokens that a warp takes per softmax step"),
     Axis("query", ("shared", "registers"), "where the query's fragments wait"),
-    Axis("accumulate", ("f32", "f16x2"), "type of the innermost sums on CUDA cores"),
+    Axis("accumulate", ("f32", "f16x2", "precise"), "innermost sums: fp32 or halves (fma), precise (mma)"),
     Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
     Axis("reduction", ("last", "kernel"), "splits are added up by the last CTA to arrive or by a second kernel"),
     Axis("schedule", ("grid", "stream"), "splits per request, or a persistent grid that shares all tokens evenly"),
@@ -91,6 +91,11 @@ CONSTRAINTS = (
         lambda c, _: c["accumulate"] == "f16x2" and c["math"] != "fma",
     ),
     Constraint(
+        "precise_sums",
+        "tensor cores multiply halves: without precise sums peaked scores and small values lose too much",
+        lambda c, _: (c["accumulate"] == "precise") != (c["math"] == "mma"),
+    ),
+    Constraint(
         "held_query",
         "only tensor-core fragments of the query fit in registers",
         lambda c, _: c["query"] == "registers" and c["math"] != "mma",
@@ -119,7 +124,8 @@ CONSTRAINTS = (
 
 
 def _config(problem: Problem, **chosen: Value) -> Config:
-    return DECODE.config(problem, {a.name: chosen.get(a.name, a.values[0]) for a in AXES})
+    plain = {a.name: a.values[0] for a in AXES} | {"accumulate": "precise"}
+    return DECODE.config(problem, plain | chosen)
 
 
 def _fewest_slices(problem: Problem, **chosen: Value) -> Config:
