@@ -175,6 +175,18 @@ def test_peaked_softmax_and_huge_queries() -> None:
     check(DEFAULT, huge)
 
 
+@pytest.mark.parametrize("schedule", ["grid", "stream"])
+@pytest.mark.parametrize("cache_format", ["turboquant_4bit_nc", "turboquant_outlier"])
+def test_branches_of_splits(cache_format: str, schedule: str) -> None:
+    """Around one branch, around whole branches, with a last branch of one, and with more branches than fit in one."""
+    config = default_config(Problem("decode", 64, 2, cache_format))
+    config = config.with_(reduction="tree", schedule=schedule, warps=1)
+    case = small_case(config, (1300, 0, 1, 16 * 9, 33))
+    for splits in (1, 8, 9, 16, 17, 70):
+        check(config, case, splits)
+    assert torch.equal(emulate_decode(config, case, 70), emulate_decode(config, case, 70, seed=3, concurrent_ctas=8))
+
+
 @pytest.mark.parametrize("cache_format", ["turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_k8v4"])
 def test_scores_of_many_nats(cache_format: str) -> None:
     """Scores deviate by about 50: whatever moves a key's length by 1e-5 moves its weight by a thousandth."""

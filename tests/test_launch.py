@@ -76,6 +76,15 @@ def test_a_second_kernel_merges_where_the_configuration_says_so() -> None:
     assert decode_launches(config_of(), query[:0], cache, 4) == []
 
 
+@pytest.mark.parametrize("change", [{}, {"reduction": "kernel", "schedule": "stream"}])
+def test_more_requests_than_a_grid_can_have_are_refused_in_a_line(change: dict[str, str]) -> None:
+    query = torch.empty(70000, 8, 64, device="meta", dtype=torch.bfloat16)
+    cache = torch.empty(1, 16, 2, 70, device="meta", dtype=torch.uint8)
+    with pytest.raises(UsageError, match="70000 requests in one call: expected at most 65535"):
+        decode_launches(config_of(**change), query, cache, 1)
+    assert len(decode_launches(config_of(schedule="stream"), query, cache, 1)) == 1
+
+
 def test_a_kernel_of_another_problem_is_refused() -> None:
     cache = make_cache(slot_layout("turboquant_4bit_nc", 64), 4, 16, 2)
     with pytest.raises(UsageError, match="2 heads per KV head: expected 64 and 4"):
@@ -118,6 +127,7 @@ def test_caches_that_a_kernel_cannot_read() -> None:
     config = config_of("turboquant_k8v4")
     order = CacheOrder.standard(config, kv_heads=2)
     assert "block size 24" in (refusal(config, replace(order, block_size=24)) or "")
+    assert "bytes apart" in (refusal(config, replace(order, token=1 << 27)) or "")
     odd = replace(order, block=order.block + 2)
     assert "4 bytes" in (refusal(config, odd) or "")
     assert suited(config, odd)["load"] == "direct"

@@ -147,7 +147,7 @@ def test_hot_loop_is_the_one_over_tokens(kernels: dict[tuple[Config, str], tuple
         plan = DecodePlan(config)
         if config["math"] == "mma":
             products = 3 * plan.key_steps * plan.head_tiles  # both halves of the query, and the values
-            squares = plan.key_steps // 2  # of the norm correction
+            squares = plan.key_steps  # of the norm correction
             weights = plan.head_tiles  # their sums
             assert sass.count(loop.opcodes, "HMMA") == plan.tiles * (products + squares + weights)
         else:

@@ -69,7 +69,7 @@ def decode_configs() -> list[Config]:
     """One of each kind that the launch must tell apart."""
     plain = default_config(DECODE)
     bulk = plain.with_(load="bulk", load_bytes=16, head_warps=4, schedule="stream")
-    return [plain, bulk, plain.with_(load="direct", stages=1, reduction="kernel")]
+    return [plain, bulk, plain.with_(reduction="tree"), plain.with_(load="direct", stages=1, reduction="kernel")]
 
 
 def all_tables(arch: str = "sm_90") -> list[Table]:
@@ -116,7 +116,7 @@ def test_a_prediction_is_called_one(tmp_path: Path) -> None:
 def test_what_was_not_timed_is_refused(tmp_path: Path) -> None:
     table = make_table(decode_configs())
     stale = replace(table, kernels=(replace(table.kernels[0], source_digest="0" * 64), *table.kernels[1:]))
-    with pytest.raises(TunerError, match=r"1 of 3 kernels were made from other templates .*tune again.*commit abab"):
+    with pytest.raises(TunerError, match=r"1 of 4 kernels were made from other templates .*tune again.*commit abab"):
         export_standalone([stale], tmp_path / "wph")
     assert not (tmp_path / "wph").exists()
 

@@ -55,7 +55,8 @@ def reduce_geometry(config: Config, *, batch: int, kv_heads: int) -> Geometry:
     return Geometry((-(-rows // _REDUCE_WARPS), batch, 1), 32 * _REDUCE_WARPS, 0)
 
 
-_GRID_Y_MAX = 65535
+GRID_YZ_MAX = 65535
+"""CTAs that a grid can have in y or z."""
 DIRTY_RUN_TOKENS = 16
 """Longest run of adjacent dirty slots that one entry of ``wph_dequant``'s grid decodes: blocks may hold thousands."""
 
@@ -68,7 +69,7 @@ def dequant_geometry(config: Config, *, entries: int, block_size: int, kv_heads:
     """
     s = shape(config)
     ctas = -(-block_size * kv_heads // s.slots)
-    y = max(1, min(entries, _GRID_Y_MAX))
+    y = max(1, min(entries, GRID_YZ_MAX))
     return Geometry((ctas, y, max(1, -(-entries // y))), 32 * config["warps"], s.shared_bytes)
 
 
@@ -92,8 +93,10 @@ def decode_scratch(config: Config, *, batch: int, kv_heads: int, splits: int) ->
     """
     slots = 2 * splits if config["schedule"] == "stream" else batch * splits
     rows = slots * kv_heads * config.problem.gqa
-    counters = batch * _head_groups(config, kv_heads) if config["reduction"] == "last" else 0
-    return Scratch(-(-2 * rows // 4) * 4 + rows * DecodePlan(config).partial_row_floats, counters)
+    plan = DecodePlan(config)
+    each = {"last": 1, "kernel": 0, "tree": 1 + -(-splits // plan.branch)}[config["reduction"]]
+    counters = batch * _head_groups(config, kv_heads) * each
+    return Scratch(-(-2 * rows // 4) * 4 + rows * plan.partial_row_floats, counters)
 
 
 def split_candidates(

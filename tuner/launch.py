@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from cupy_backends.cuda.api import driver
+from cupy_backends.cuda.api import driver, runtime
 from torch import Tensor
 
 from tuner.arguments import decode_params, dequant_params, group, store_params
 from tuner.errors import TunerError, UsageError
 from tuner.geometry import (
     DIRTY_RUN_TOKENS,
+    GRID_YZ_MAX,
     Geometry,
     decode_geometry,
     decode_scratch,
@@ -27,11 +28,13 @@ from tuner.geometry import (
     store_geometry,
 )
 from tuner.space import Config
+from tuner.space.plan import DecodePlan
 from tuner.suits import CacheOrder, refusal, suited
 
 if TYPE_CHECKING:
     from tuner.reference import Codec
 
+_RESERVED_SHARED_PER_BLOCK = 111  # cudaDevAttrReservedSharedMemoryPerBlock
 _FREE_SHARED_BYTES = 48 * 1024
 """Dynamic shared memory that a kernel may use without asking for it."""
 
@@ -58,6 +61,7 @@ class LoadedKernel:
             raise TunerError("no NVIDIA GPU: torch sees none, so no kernel can be loaded (the emulator runs without)")
         index = torch.cuda.current_device() if device is None else device
         image = cubin if isinstance(cubin, bytes) else cubin.read_bytes()
+        _expect_shared_start(config, index)
         with torch.cuda.device(index):
             torch.cuda.synchronize()  # makes the primary context current, whatever this thread did before
             try:
@@ -303,6 +307,24 @@ def require_layout(config: Config, codec: Codec) -> None:
         raise UsageError(f"constants of {got} for a kernel of {expected}: expected the same")
 
 
+def _expect_shared_start(config: Config, device: int) -> None:
+    """Raises TunerError where dynamic shared memory starts elsewhere than the kernel's lookup table was placed for.
+
+    The kernel would trap, which ends the whole CUDA context.
+    """
+    if config.problem.op != "decode" or not DecodePlan(config).lookup_bytes:
+        return
+    try:
+        reserved = runtime.deviceGetAttribute(_RESERVED_SHARED_PER_BLOCK, device)
+    except runtime.CUDARuntimeError:  # one that does not say; the kernel looks for itself
+        return
+    if reserved != DecodePlan.shared_start:
+        raise TunerError(
+            f"the driver keeps {reserved} bytes of shared memory per CTA: expected {DecodePlan.shared_start}, as with "
+            "all drivers so far; kernels with lookup=shuffle or prmt do not mind"
+        )
+
+
 def decode_launches(config: Config, query: Tensor, kv_cache: Tensor, splits: int) -> list[tuple[str, Geometry]]:
     """Entry points of a decode with their geometries, in launch order; none for an empty batch.
 
@@ -319,6 +341,8 @@ def decode_launches(config: Config, query: Tensor, kv_cache: Tensor, splits: int
         )
     if batch == 0:
         return []
+    if batch > GRID_YZ_MAX and (config["schedule"] == "grid" or config["reduction"] == "kernel"):
+        raise UsageError(f"{batch} requests in one call: expected at most {GRID_YZ_MAX}, so split the call")
     launches = [("wph_decode", decode_geometry(config, batch=batch, kv_heads=kv_heads, splits=splits))]
     if "wph_decode_reduce" in entry_points(config):
         launches.append(("wph_decode_reduce", reduce_geometry(config, batch=batch, kv_heads=kv_heads)))

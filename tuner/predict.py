@@ -38,11 +38,12 @@ def hot_loop(sass: SassFacts) -> Loop:
 
 
 def _matrix_instructions(config: Config) -> int:
-    """Of one step: the query's halves and the values, half as many for squared lengths, one for the sum of weights."""
+    """Of one step: the query's halves and the values, as many or half as many k-steps for squared lengths, one for the
+    sum of weights."""
     plan = DecodePlan(config)
     per_group = 3 * plan.head_tiles * plan.key_steps
     if plan.sums_squares:
-        per_group += plan.key_steps // 2
+        per_group += plan.key_steps if plan.precise else plan.key_steps // 2
     if plan.centered:
         per_group += plan.head_tiles
     return plan.tiles * per_group
@@ -88,8 +89,11 @@ def _reduction_us(config: Config, sharers: list[int], shape: Shape, target: Targ
     latency_us = LATENCY_US[target.arch]
     if config["reduction"] == "kernel":
         return bytes_us + latency_us  # the second launch is counted as a kernel
-    last = max(sharers) * config["head_warps"] * row_bytes / _CTA_BYTES_PER_CYCLE / target.clock_mhz
-    return max(bytes_us, last) + 2 * latency_us
+    most, branch = max(sharers), DecodePlan(config).branch
+    levels = 2 if config["reduction"] == "tree" and most > branch else 1
+    in_turn = most if levels == 1 else branch + -(-most // branch)  # contributions that one CTA after another reads
+    last = in_turn * config["head_warps"] * row_bytes / _CTA_BYTES_PER_CYCLE / target.clock_mhz
+    return max(bytes_us, last) + 2 * levels * latency_us
 
 
 def _overfetch(config: Config, layout: SlotLayout, shape: Shape) -> float:

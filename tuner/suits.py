@@ -46,6 +46,8 @@ def refusal(config: Config, order: CacheOrder) -> str | None:
         return f"block size {order.block_size}: expected a multiple of {GROUP_TOKENS}"
     if config["load"] == "bulk":
         return _bulk_refusal(config, order)
+    if GROUP_TOKENS * order.token >= 1 << 31:
+        return f"tokens lie {order.token} bytes apart: expected a run of {GROUP_TOKENS} within 2 GiB"
     alignment = DecodePlan(config).alignment
     if any(stride % alignment for stride in order.strides):
         return f"slots are not aligned to {alignment} bytes"

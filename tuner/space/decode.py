@@ -19,7 +19,7 @@ AXES = (
     Axis("query", ("shared", "registers"), "where the query's fragments wait"),
     Axis("accumulate", ("f32", "f16x2", "precise"), "innermost sums: fp32 or halves (fma), precise (mma)"),
     Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
-    Axis("reduction", ("last", "kernel"), "splits are added up by the last CTA to arrive or by a second kernel"),
+    Axis("reduction", ("last", "kernel", "tree"), "who adds up splits: the last CTA, a second kernel, or branches"),
     Axis("schedule", ("grid", "stream"), "splits per request, or a persistent grid that shares all tokens evenly"),
 )
 
@@ -177,6 +177,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         bulk | {"warps": 16, "tokens": 32, "lookup": replicated},
         bulk | {"warps": 8, "tokens": 32, "lookup": spread},
         alone | {"warps": 8, "stages": 4, "lookup": spread},
+        alone | {"warps": 8, "stages": 4, "lookup": spread, "reduction": "tree"},
+        bulk | {"warps": 8, "tokens": 32, "lookup": spread, "reduction": "tree"},
         bulk | {"warps": 16, "lookup": spread},
         bulk | {"warps": 8, "lookup": spread},
         alone | {"warps": 16, "stages": 2, "lookup": spread},

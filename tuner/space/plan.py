@@ -173,6 +173,9 @@ class DecodePlan:
         layout = self.config.problem.layout
         return _GRID_FACTOR[layout.key.bits] * layout.block_d**0.5 if layout.format.key_codebook else 1.0
 
+    branch = 8
+    """Contributions to a request that one CTA adds up where ``reduction`` is "tree"."""
+
     beginning_steps = 4
     """Steps that beginning and ending a span are taken to last: a cautious estimate, since 6 were seen at 32 x 4k."""
 

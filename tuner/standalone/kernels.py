@@ -7,7 +7,7 @@ from typing import Any
 
 from tuner import abi
 from tuner.errors import TunerError
-from tuner.geometry import decode_scratch, entry_points, reduce_geometry
+from tuner.geometry import entry_points, reduce_geometry
 from tuner.render import Source, header, primitives, render
 from tuner.report.terminal import kernel_names
 from tuner.space import Config
@@ -125,7 +125,7 @@ def _facts(source: Source) -> dict[str, Any]:
     """Fields of ``wph::Kernel`` in its order; what an op does not have is 0."""
     config = source.config
     facts: dict[str, Any] = {"block": 32 * config["warps"], "reduce_warps": 0, "shared_bytes": 0}
-    facts |= {"head_warps": 0, "stream": 0, "counts": 0, "row_floats": 0, "rows": 0}
+    facts |= {"head_warps": 0, "stream": 0, "counts": 0, "branch": 0, "row_floats": 0, "rows": 0}
     facts |= {"load": "DIRECT", "alignment": 1, "slot_bytes": config.problem.layout.slot_bytes}
     if config.problem.op == "dequant":
         shape = dequant_shape(config)
@@ -139,7 +139,8 @@ def _facts(source: Source) -> dict[str, Any]:
         "shared_bytes": plan.shared_bytes,
         "head_warps": config["head_warps"],
         "stream": int(config["schedule"] == "stream"),
-        "counts": int(decode_scratch(config, batch=1, kv_heads=1, splits=1).counters > 0),
+        "counts": int(config["reduction"] != "kernel"),
+        "branch": plan.branch if config["reduction"] == "tree" else 0,
         "row_floats": plan.partial_row_floats,
         "load": config["load"].upper(),
         "alignment": plan.alignment,
