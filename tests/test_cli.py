@@ -98,7 +98,8 @@ def test_help_teaches_options_examples_and_verbs(tmp_path: Path) -> None:
     done = tune("--help", cwd=tmp_path)
     assert done.returncode == 0 and done.stderr == ""
     verbs = ("export", "install", "bench", "verify", "explain", "report", "space", "doctor")
-    options = ("model", "head-dim", "kv-cache-dtype", "gqa", "op", "arch", "warps", "trials", "timeout", "race-timeout")
+    options = ("model", "head-dim", "kv-cache-dtype", "kv-heads")
+    options += ("gqa", "op", "arch", "warps", "trials", "timeout", "race-timeout")
     options += ("recordings", "tensor-parallel-size")
     options += ( "workers", "gpus", "storage", "resume", "no-resume", "seed", "output", "debug")
     for word in (*verbs, *(f"--{option}" for option in options), "python tune.py --head-dim 256"):
@@ -155,6 +156,8 @@ def test_version(tmp_path: Path) -> None:
         ("--head-dim 256 --op store --arch sm_100", ("static model knows decode and dequant only", "to tune store")),
         ("--head-dim 256 --op dequant --warps 1,4 --gpus 0,1", ("one GPU", "--gpus")),
         ("--head-dim 256 --op store --warps 4,8 --gpus 0,99", ("GPU", "not attached")),
+        ("--model qwen3-4b --kv-heads 8", ("--kv-heads", "--model")),
+        ("--head-dim 128 --kv-heads 0", ("0 KV heads",)),
         ("--model qwen3-4b -tp 3", ("32 query and 8 KV heads", "3 GPUs")),
         ("install --model qwen3-4b --tensor-parallel-size 0", ("0 GPUs",)),
         ("frobnicate", ("frobnicate", "doctor")),

@@ -64,6 +64,7 @@ def problem_options(function: F) -> F:
         click.option(
             "--op", default="decode", show_default=True, metavar="OP", help="decode, dequant or store."
         ),
+        click.option("--kv-heads", type=int, metavar="N", help="KV heads.  [default: usual for the head dim]"),
         click.option(
             "--gqa", type=int, metavar="N", help="Query heads per KV head.  [default: usual for the head dim]"
         ),
@@ -82,7 +83,7 @@ def problem_options(function: F) -> F:
     return function
 
 
-def read_workload(head_dim: int | None, model: str | None, gqa: int | None) -> Workload:
+def read_workload(head_dim: int | None, model: str | None, gqa: int | None, kv_heads: int | None) -> Workload:
     """The attention shapes asked for, by head dim or by model. Raises UsageError unless exactly one is given."""
     from tuner.workload import default_workload, load_model
 
@@ -90,11 +91,12 @@ def read_workload(head_dim: int | None, model: str | None, gqa: int | None) -> W
         given = "neither" if head_dim is None else "both"
         raise UsageError(f"{given} of --head-dim and --model given: expected one, for example --head-dim 256")
     if model is not None:
-        if gqa is not None:
-            raise UsageError("--gqa does not go with --model: the model's configuration says it")
+        if gqa is not None or kv_heads is not None:
+            name = "--kv-heads" if gqa is None else "--gqa"
+            raise UsageError(f"{name} does not go with --model: the model's configuration says it")
         return load_model(model)
     assert head_dim is not None
-    return default_workload(head_dim, gqa)
+    return default_workload(head_dim, gqa, kv_heads)
 
 
 def problem_of(shape: Shape, op: str, cache_format: str) -> Problem:

@@ -13,7 +13,9 @@ from tuner.cli.output import console
 @click.command("space", context_settings=CONTEXT_SETTINGS)
 @problem_options
 @debug_option
-def command(head_dim: int | None, model: str | None, gqa: int | None, arch: str | None, **what: Any) -> None:
+def command(
+    head_dim: int | None, model: str | None, gqa: int | None, kv_heads: int | None, arch: str | None, **what: Any
+) -> None:
     """Show the search space: its axes, how many configurations there are, and which constraint removes how many.
 
     Example: python tune.py space --head-dim 256 --arch sm_90
@@ -23,7 +25,7 @@ def command(head_dim: int | None, model: str | None, gqa: int | None, arch: str 
     from tuner.space.census import census
     from tuner.targets import get_target
 
-    workload = read_workload(head_dim, model, gqa)
+    workload = read_workload(head_dim, model, gqa, kv_heads)
     # Naming the architecture needs no look at the machine, which would load torch.
     target = get_target(arch) if arch else read_target(None)[0]
     out = console()

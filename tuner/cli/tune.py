@@ -88,13 +88,15 @@ MAX_SECONDS = 7 * 86400
     help="Also write all trials there, as JSON: every kernel's time on every bucket.",
 )
 @debug_option
-def command(head_dim: int | None, model: str | None, gqa: int | None, ranks: int, **options: Any) -> None:
+def command(
+    head_dim: int | None, model: str | None, gqa: int | None, kv_heads: int | None, ranks: int, **options: Any
+) -> None:
     """Tune CUDA kernels for decode attention over a compressed KV cache, and write the dispatch table.
 
     On the attached GPU kernels are compiled, checked and timed. Without one, or with --arch of another GPU, they
     are compiled for that target and their times predicted by a static model; every line says which it was.
     """
-    workload = read_workload(head_dim, model, gqa).shard(ranks)
+    workload = read_workload(head_dim, model, gqa, kv_heads).shard(ranks)
     recordings: Path | None = options.pop("recordings")
     requests = read_requests(workload, **options)
     helpers = (options["gpus"] or ())[1:]

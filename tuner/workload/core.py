@@ -103,16 +103,18 @@ class Workload:
         return replace(self, shapes=tuple((shape.shard(ranks), layers) for shape, layers in self.shapes))
 
 
-def default_shape(head_dim: int, gqa: int | None = None) -> Shape:
-    """The shape tuned for where only the head dim is given, with ``gqa`` query heads per KV head where that is too.
+def default_shape(head_dim: int, gqa: int | None = None, kv_heads: int | None = None) -> Shape:
+    """The shape tuned for where only the head dim is given, or also ``gqa`` query heads per KV head, or ``kv_heads``.
 
-    Raises UsageError for an unsupported head dim or a group size below 1.
+    Raises UsageError for an unsupported head dim, a group size or a number of heads below 1.
     """
-    q_heads, kv_heads = _DEFAULT_HEADS[check_head_dim(head_dim)]
-    if gqa is None:
-        return Shape(head_dim, q_heads, kv_heads)
+    usual = Shape(head_dim, *_DEFAULT_HEADS[check_head_dim(head_dim)])
+    gqa = usual.gqa if gqa is None else gqa
+    kv_heads = usual.kv_heads if kv_heads is None else kv_heads
     if gqa < 1:
         raise UsageError(f"unsupported group size {gqa}: expected at least 1 query head per KV head")
+    if kv_heads < 1:
+        raise UsageError(f"{kv_heads} KV heads: expected at least 1")
     return Shape(head_dim, kv_heads * gqa, kv_heads)
 
 
@@ -128,9 +130,9 @@ def store_buckets() -> tuple[Bucket, ...]:
     return tuple(Bucket(tokens, 1) for tokens in (*_BATCHES, *_STORE_CHUNKS))
 
 
-def default_workload(head_dim: int, gqa: int | None = None) -> Workload:
+def default_workload(head_dim: int, gqa: int | None = None, kv_heads: int | None = None) -> Workload:
     """The workload of a head dim without a model: default_shape() over default_buckets()."""
-    shape = default_shape(head_dim, gqa)
+    shape = default_shape(head_dim, gqa, kv_heads)
     return Workload(f"head_dim={head_dim}", ((shape, 1),), default_buckets())
 
 
