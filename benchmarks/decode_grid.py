@@ -3,10 +3,13 @@
 One line per point as it is measured: time, share of the memory limit, and how many times faster than each contestant of
 the same race. Then the targets, met or missed, by how much and where. Everything goes to a JSON file as well.
 
-Each point is a race as in `python tune.py`: a CUDA graph of one call per contestant, cold L2, shuffled interleaved
-rounds, medians; slow contestants run in fewer rounds. No race begins after --timeout (500 s); the same command then
-goes on where it stopped. Predicted for an H200, not measured: 8 minutes for the default grid, 3 more for `--formats all
---dequant`, 1 for `--quick`.
+Each point is a race as in `python tune.py`: kernels that passed the correctness gate, a CUDA graph of one call per
+contestant, cold L2, shuffled interleaved rounds, medians; slow contestants run in fewer rounds. No race begins after
+--timeout (500 s); the same command then goes on where it stopped. On an H200 about 8 minutes for the default grid, 3
+more for `--formats all --dequant`, 1 for `--quick` (estimates: it has not run there yet).
+
+With --arch of a GPU that is not attached nothing runs: the targets are those for predictions (no spills, shared memory,
+share of the limit), read from the predicted tables.
 
 Peers come from an installed vLLM, or from WPH_VLLM_SOURCE and WPH_FA3_LIBRARY (benchmarks/README.md).
 """
@@ -24,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.command import attached_gpu, ended, write_record  # noqa: E402
+from benchmarks.grid import predicted  # noqa: E402
 from benchmarks.grid.kernels import Kernels, problem_of  # noqa: E402
 from benchmarks.grid.points import BATCHES, CONTEXTS, OTHER_FORMATS, SHAPES, Point, parse_shape, points  # noqa: E402
 from benchmarks.grid.race import Budget, Racer, Result, Store  # noqa: E402
@@ -32,6 +36,8 @@ from tuner.bench import OURS  # noqa: E402
 from tuner.errors import UsageError  # noqa: E402
 from tuner.formats import VLLM_PRESETS  # noqa: E402
 from tuner.report.terminal import times, tokens, us  # noqa: E402
+from tuner.search.provenance import driver_of  # noqa: E402
+from tuner.targets import get_target  # noqa: E402
 
 _QUICK = {"shapes": "128:32:8,256:16:2", "batches": "1,8,32,128", "contexts": "1024,16384,65536"}
 _HEADINGS = ("section", "shape", "batch", "context", "us", "limit", "Triton", "tuned", "fa3", "fa3 fp8", "kernel")
@@ -63,14 +69,23 @@ def line(result: Result) -> str:
 
 
 def verdict_line(verdict: Verdict) -> str:
+    failed = f", {verdict.failed} without a time of ours" if verdict.failed else ""
     if verdict.reached is None or verdict.worst is None:
-        return f"not measured  {verdict.name}"
+        word = "not measured" if verdict.met is None else "MISSED"
+        return f"{word}  {verdict.name} (0 of {verdict.asked} points{failed})"
     word = "met   " if verdict.met else "MISSED"
-    miss = "" if verdict.met else f", {1 - verdict.reached / verdict.least:.0%} short"
+    short = verdict.reached < verdict.least
+    miss = f", {1 - verdict.reached / verdict.least:.0%} short" if short and verdict.least else ""
     return (
         f"{word}  {verdict.name}: {verdict.statistic} {verdict.reached:.3g}, expected {verdict.least:g}{miss}"
-        f" ({verdict.points} points, {verdict.below} below; worst {verdict.worst:.3g} at {verdict.worst_at})"
+        f" ({verdict.points} of {verdict.asked} points{failed}, {verdict.below} below;"
+        f" worst {verdict.worst:.3g} at {verdict.worst_at})"
     )
+
+
+def all_met(found: Sequence[Verdict]) -> bool:
+    """Whether every target that points were asked for is met; what was not measured is not."""
+    return all(v.met is True for v in found if v.asked)
 
 
 def read_points(args: argparse.Namespace) -> list[Point]:
@@ -97,10 +112,11 @@ def write(path: Path, device: str, driver: str | None, results: Sequence[Result]
 
 def run(args: argparse.Namespace) -> int:
     from tuner.measure import Measurer
-    from tuner.search.provenance import driver_of
-
     asked = read_points(args)
+    if args.arch is not None:
+        return predict(args, asked)
     target = attached_gpu(args.gpu)
+    driver = driver_of(args.gpu)
     start = time.monotonic()
     kernels = Kernels(args.tables, target, args.root)
     kernels.build_defaults(p for p in map(problem_of, asked) if kernels.table(p) is None)
@@ -117,19 +133,40 @@ def run(args: argparse.Namespace) -> int:
 
     with Measurer(args.gpu, log=args.work / "measure.log") as measurer:
         store = Store(args.work / "results.jsonl")
-        results = Racer(measurer, kernels, target, store, budget, say, args.gpu).run(asked, show)
+        results = Racer(measurer, kernels, target, store, budget, say, args.gpu, driver).run(asked, show)
     found = verdicts(results)
-    write(args.json or args.work / "decode_grid.json", target.device_name, driver_of(args.gpu), results, found)
+    write(args.json or args.work / "decode_grid.json", target.device_name, driver, results, found)
     say("\ntargets (times faster, or share)")
     for verdict in found:
         say(verdict_line(verdict))
     cost = graph_cost(results)
     if cost:
         say(f"one kernel per batch for all contexts, as a CUDA graph needs: {cost:.3f} x the time in the mean")
+    plain = sum(r["source"] == "default" for r in results)
+    if plain:
+        say(f"{plain} of {len(results)} points ran the default configuration: no table has their problem")
     if len(results) < len(asked):
         say(f"{len(asked) - len(results)} of {len(asked)} points not measured: run again to go on")
-    missed = any(v.met is False for v in found)
-    return 1 if missed or len(results) < len(asked) else 0
+    return 0 if all_met(found) and len(results) == len(asked) else 1
+
+
+def predict(args: argparse.Namespace, asked: Sequence[Point]) -> int:
+    """The targets for a GPU that is not attached, from the tables that were predicted for it."""
+    target = get_target(args.arch)
+    tables = predicted.tables_of(asked, args.tables, target)
+    found = predicted.predictions(tables)
+    say(f"{target.device_name} ({target.arch}), predicted by the static model; no such GPU took part")
+    for shape, table in tables.items():
+        if table is None:
+            options = f"--arch {args.arch} --head-dim {shape.head_dim} --gqa {shape.gqa} --kv-heads {shape.kv_heads}"
+            say(f"D={shape.head_dim} {shape.q_heads}/{shape.kv_heads}: no table: python tune.py {options}")
+        else:
+            say(predicted.summary(shape, found))
+    say("\ntargets (share, or as named)")
+    judged = predicted.verdicts(tables, found, target)
+    for verdict in judged:
+        say(verdict_line(verdict))
+    return 0 if all_met(judged) else 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -150,6 +187,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--root", type=Path, default=Path("build"), help="where default configurations are compiled")
     made.add_argument("--json", type=Path, help="where the JSON goes (default: decode_grid.json in --work)")
     made.add_argument("--gpu", type=int, default=0)
+    made.add_argument("--arch", help="a GPU that is not attached, as sm_121: what its tables predict")
     return made
 
 

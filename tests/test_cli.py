@@ -101,7 +101,7 @@ def test_help_teaches_options_examples_and_verbs(tmp_path: Path) -> None:
     options = ("model", "head-dim", "kv-cache-dtype", "kv-heads")
     options += ("gqa", "op", "arch", "warps", "trials", "timeout", "race-timeout")
     options += ("recordings", "tensor-parallel-size")
-    options += ( "workers", "gpus", "storage", "resume", "no-resume", "seed", "output", "debug")
+    options += ("workers", "gpus", "storage", "resume", "no-resume", "seed", "output", "debug")
     for word in (*verbs, *(f"--{option}" for option in options), "python tune.py --head-dim 256"):
         assert word in done.stdout
     # Options alone mean the verb tune, so its help is the same page.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.decode_grid import line, parser, read_points, verdict_line, write
+from benchmarks.decode_grid import all_met, line, parser, read_points, verdict_line, write
 from benchmarks.grid.kernels import GRAPH, Kernels, problem_of
 from benchmarks.grid.points import BATCHES, BF16_LIMIT, CONTEXTS, FORMAT, OTHER_FORMATS, SHAPES, Point, points
 from benchmarks.grid.race import Budget, Racer, Store
@@ -20,6 +20,7 @@ from tuner.baselines import BASELINES, Availability, split_name
 from tuner.bench import OURS
 from tuner.errors import UsageError
 from tuner.measure import Failure, Measurer, Race, Sample, Timing
+from tuner.measure.measurer import Checked
 from tuner.table import TableError, lookup
 from tuner.targets import get_target
 from tuner.workload import Bucket, Shape
@@ -232,6 +233,8 @@ class Formula:
         self.swept: list[str] = []
         self.crashing = crashing
         self.times_s: list[float] = []
+        self.checked: list[Path] = []
+        self.wrong = False
 
     def race(self, contestants: Any, shape: Shape, cache_format: str, bucket: Bucket, **options: Any) -> Any:
         names = [c.name for c in contestants]
@@ -245,6 +248,10 @@ class Formula:
         samples = {n: Sample.of([t, t, t]) for n, t in times.items()}
         rounds = {n: (t, t, t) for n, t in times.items()}
         return Race(rounds, samples, {"fa3_fp8": Failure("resource", "no memory")} if "fa3_fp8" in names else {})
+
+    def check(self, config: Any, cubin: Path, *, kv_heads: int) -> Any:
+        self.checked.append(cubin)
+        return Failure("wrong result", "relative error 0.5") if self.wrong else Checked(1e-3, "fine")
 
     def baseline(self, names: list[str], shape: Shape, cache_format: str, buckets: Any) -> Any:
         self.swept += names
@@ -293,6 +300,37 @@ def test_a_peer_that_crashes_costs_only_the_peers(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("all_available")
+def test_a_kernel_is_timed_only_where_it_is_right(tmp_path: Path) -> None:
+    right = Formula()
+    racer(tmp_path / "a", right).run([grid(1, 1024), grid(1, 4096)], lambda r: None)
+    assert right.checked and len(right.checked) == len(set(right.checked)), "once per kernel"
+    wrong = Formula()
+    wrong.wrong = True
+    (found,) = racer(tmp_path / "b", wrong).run([grid(1, 1024)], lambda r: None)
+    assert wrong.asked == [] and found["failures"] == {OURS: "wrong result: relative error 0.5"}
+    assert not (tmp_path / "b" / "results.jsonl").exists()
+
+
+def test_a_kernel_that_fails_misses_every_target() -> None:
+    good, bad = result(grid(1, 1024), 10.0, vllm_triton=800.0), result(grid(1, 4096), 10.0) | {"times_us": {}}
+    found = by_name([good, bad])["against vLLM's Triton as shipped", "worst"]
+    assert found.met is False and (found.points, found.asked, found.failed) == (1, 2, 1)
+    assert "1 of 2 points, 1 without a time of ours" in verdict_line(found)
+    nothing = by_name([bad])["against vLLM's Triton as shipped", "worst"]
+    assert nothing.met is False and verdict_line(nothing).startswith("MISSED")
+    assert all_met([v for v in verdicts([good]) if v.met]) and not all_met(verdicts([good, bad]))
+    alone = by_name([result(grid(1, 1024), 10.0)])["against FA3 bf16", "worst"]  # no peer at hand
+    assert alone.met is None and not all_met([alone]) and all_met([v for v in verdicts([]) if not v.asked])
+
+
+def test_graphs_have_their_own_verdicts() -> None:
+    found = by_name([result(grid(1, 1024), 10.0, fa3_bf16=15.0, **{GRAPH: 20.0})])
+    assert found["against FA3 bf16", "worst"].met
+    graph = found["against FA3 bf16, one kernel per batch", "worst"]
+    assert graph.met is False and graph.reached == pytest.approx(0.75)
+
+
+@pytest.mark.usefixtures("all_available")
 def test_without_a_table_tritons_constants_are_searched_once(tmp_path: Path) -> None:
     point = Point("grid", Shape(64, 8, 2), FORMAT, Bucket(2, 4096))
     (tmp_path / "tables").mkdir()
@@ -321,6 +359,20 @@ def test_without_a_gpu_every_point_says_why_and_nothing_is_kept(tmp_path: Path) 
         assert "no NVIDIA GPU" in found["failures"][OURS] and not found["times_us"]
     assert any(t.startswith("without fa3_bf16") for t in told)
     assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_predictions_are_judged_from_the_tables(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "decode_grid.py"), "--arch", "sm_121"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("NVIDIA GB10 (sm_121), predicted") and not any(tmp_path.iterdir()), done.stderr
+    verdict = {line.split("  ")[1].partition(":")[0]: line for line in lines if line.startswith(("met", "MISSED"))}
+    assert len(verdict) == 4 and done.returncode == int(any(v.startswith("MISSED") for v in verdict.values()))
+    for name in ("kernels without spills (1", "fits 99 KB of shared memory (times over)"):
+        assert verdict[name].startswith("met"), done.stdout
+    empty = subprocess.run([*command, "--tables", "."], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert empty.returncode == 1 and empty.stdout.count("no table: python tune.py --arch sm_121") == len(SHAPES)
+    assert empty.stdout.count("7 without a time of ours") == 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: this is what happens without one")
