@@ -18,8 +18,8 @@ SEED_WARPS = 4
 _HEAD = """# Layouts of a CTA: what wins where, and why
 
 How many warps a CTA should have, what they should divide among themselves (KV heads, tokens, slices of the head dim,
-planes), and how many rows each should keep in flight. Every layout that the search space allows was compiled and timed
-at a few buckets; everything else is held fixed: codebook levels come from registers, so that no table in shared memory
+planes), and how many rows each should keep in flight. Every layout that the search space allows was compiled, and timed
+or predicted at four buckets, as each section says; everything else is held fixed: codebook levels come from registers, so that no table in shared memory
 counts against small CTAs; `wph_decode` copies asynchronously and multiplies on tensor cores, `wph_dequant` loads
 directly and rotates on tensor cores, one step per CTA. Splits are the best of those tried for each bucket. A search
 over all axes finds faster kernels than the ones here; this shows what the layout alone does.
@@ -31,7 +31,8 @@ and instructions. It does not know bank conflicts of a layout, the instruction c
 
 *of limit*: time to move the bytes at the read bandwidth, over the time. *in flight*: bytes that the loads of an SM
 full of these CTAs keep under way, over what Little's law asks for at that bandwidth. *resident*: warps per SM. *as
-good*: layouts within 1% of the best on average.
+good*: layouts within 1% of the best on average. *best of 4 warps*: how many times slower the best layout of four warps
+is, the count that the kernel this project grew from settled on.
 """
 
 
@@ -42,7 +43,9 @@ _RULES = "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
 def document(studies: Sequence[Study], images: Mapping[str, Sequence[str]]) -> str:
     """The whole page. ``images``: name of a study -> paths of its plots, relative to the page."""
     ordered = sorted(studies, key=lambda s: (s["op"], s["head_dim"], s["evidence"], s["device"]["name"]))
-    parts = [_HEAD, _overview(ordered)]
+    measured = any(s["evidence"] == "measured" for s in ordered)
+    parts = [_HEAD, *([] if measured else ["**Nothing below was measured yet: all of it is predicted.**\n"])]
+    parts.append(_overview(ordered))
     parts += [_section(s, images.get(name(s), ())) for s in ordered]
     return "\n".join(parts)
 
@@ -137,6 +140,11 @@ def _why(study: Study, ran: Sequence[Row]) -> str:
     ordered = sorted(ran, key=lambda r: _mean_slowness(study, r))
     spread = _mean_slowness(study, ordered[-1]) / _mean_slowness(study, ordered[0]) - 1
     if spread <= 0.01:
+        if study["evidence"] == "predicted":
+            return (
+                "The model sees no difference between the layouts (all within 1%): it takes memory for the limit of each. "
+                "Only a measurement can say more.\n"
+            )
         return "All layouts are within 1% of each other: what limits the kernel here is not the layout.\n"
     quarter = max(1, len(ordered) // 4)
     lines = [
