@@ -19,10 +19,10 @@ _HEAD = """# Layouts of a CTA: what wins where, and why
 
 How many warps a CTA should have, what they should divide among themselves (KV heads, tokens, slices of the head dim,
 planes), and how many rows each should keep in flight. Every layout that the search space allows was compiled, and timed
-or predicted at four buckets, as each section says; everything else is held fixed: codebook levels come from registers, so that no table in shared memory
-counts against small CTAs; `wph_decode` copies asynchronously and multiplies on tensor cores, `wph_dequant` loads
-directly and rotates on tensor cores, one step per CTA. Splits are the best of those tried for each bucket. A search
-over all axes finds faster kernels than the ones here; this shows what the layout alone does.
+or predicted at four buckets, as each section says. Everything else is held fixed: codebook levels come from registers,
+so that no table in shared memory counts against small CTAs; `wph_decode` copies asynchronously and multiplies on tensor
+cores, `wph_dequant` loads directly and rotates on tensor cores, one step per CTA. Splits are the best of those tried for
+each bucket. A search over all axes finds faster kernels than the ones here; this shows what the layout alone does.
 
 Written by `python benchmarks/layout_study.py --render` from the data in [layout-study/](layout-study/). *measured*:
 timed on the device named, as measuring is done everywhere here. *predicted*: the static model's estimate from the
@@ -142,8 +142,8 @@ def _why(study: Study, ran: Sequence[Row]) -> str:
     if spread <= 0.01:
         if study["evidence"] == "predicted":
             return (
-                "The model sees no difference between the layouts (all within 1%): it takes memory for the limit of each. "
-                "Only a measurement can say more.\n"
+                "The model sees no difference between the layouts (all within 1%): it takes memory for the limit of "
+                "each. Only a measurement can say more.\n"
             )
         return "All layouts are within 1% of each other: what limits the kernel here is not the layout.\n"
     quarter = max(1, len(ordered) // 4)
