@@ -37,7 +37,8 @@ def predicted_us(path: Path, entry: BatchEntry | BucketEntry, timing: Timing) ->
     """What the model says of ``entry``'s kernel and splits on the bucket of ``timing``."""
     table, facts = recorded(path)
     k = table.kernel(entry.kernel)
-    built = Built(k.source_digest, k.arch, path, k.cubin_sha256, k.registers, k.spill_bytes, 0, 0, 0.0, "wph_decode", {})
+    sizes = (k.registers, k.spill_bytes, 0, 0)
+    built = Built(k.source_digest, k.arch, path, k.cubin_sha256, *sizes, 0.0, "wph_decode", {})
     shape = Shape(table.problem.head_dim, table.problem.gqa * table.kv_heads, table.kv_heads)
     bucket = Bucket(entry.batch, timing.context, timing.ragged)
     config = k.config(table.problem)

@@ -21,8 +21,8 @@ How many warps a CTA should have, what they should divide among themselves (KV h
 planes), and how many rows each should keep in flight. Every layout that the search space allows was compiled, and timed
 or predicted at four buckets, as each section says. Everything else is held fixed: codebook levels come from registers,
 so that no table in shared memory counts against small CTAs; `wph_decode` copies asynchronously and multiplies on tensor
-cores, `wph_dequant` loads directly and rotates on tensor cores, one step per CTA. Splits are the best of those tried for
-each bucket. A search over all axes finds faster kernels than the ones here; this shows what the layout alone does.
+cores, `wph_dequant` loads directly and rotates on tensor cores, one step per CTA. Splits are the best of those tried
+for each bucket. A search over all axes finds faster kernels than the ones here; this shows what the layout alone does.
 
 Written by `python benchmarks/layout_study.py --render` from the data in [layout-study/](layout-study/). *measured*:
 timed on the device named, as measuring is done everywhere here. *predicted*: the static model's estimate from the
