@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from tuner.baselines import (
     DequantConstants,
     TritonConstants,
     available,
+    fingerprints,
     prepare,
     split_name,
     survey,
@@ -241,3 +243,18 @@ def test_graph_replays_with_other_lengths() -> None:
         graph.replay()
         assert relative_error(out, case) < 1e-2
         case.seq_lens.copy_(torch.tensor([300, 40]))
+
+
+def test_what_is_somebody_elses_file_is_known_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = tmp_path / "vllm/v1/attention/ops"
+    ops.mkdir(parents=True)
+    (ops / "triton_turboquant_decode.py").write_text("kernel")
+    (tmp_path / "fa3.so").write_text("library")
+    monkeypatch.setenv("WPH_VLLM_SOURCE", str(tmp_path))
+    monkeypatch.setenv("WPH_FA3_LIBRARY", str(tmp_path / "fa3.so"))
+    library = hashlib.sha256(b"library").hexdigest()[:16]
+    kernel = hashlib.sha256(b"kernel").hexdigest()[:16]
+    assert fingerprints() == {"vllm_triton": kernel, "fa3_bf16": library, "fa3_fp8": library}
+    monkeypatch.setenv("WPH_VLLM_SOURCE", str(tmp_path / "nowhere"))
+    monkeypatch.setenv("WPH_FA3_LIBRARY", str(tmp_path / "none.so"))
+    assert fingerprints() == {}

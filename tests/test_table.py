@@ -68,7 +68,9 @@ def make_table(**changes: object) -> Table:
         problem=PROBLEM,
         kv_heads=2,
         device=Device("NVIDIA GB10", "sm_121", 48),
-        provenance=Provenance("2026-01-02T03:04:05Z", 7, nvcc="13.0.88", optuna="5.0.0"),
+        provenance=Provenance(
+            "2026-01-02T03:04:05Z", 7, nvcc="13.0.88", optuna="5.0.0", peers=(("fa3_bf16", "0123456789abcdef"),)
+        ),
         evidence="predicted",
         kernels=(K0, K1),
         by_batch=tuple(

@@ -9,6 +9,7 @@ Importing this package imports neither torch nor triton; the kernels' modules do
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -101,6 +102,15 @@ def survey(device: Any, problem: Problem) -> tuple[Availability, ...]:
         for b in BASELINES.values()
         if b.op == problem.op
     )
+
+
+def fingerprints() -> dict[str, str]:
+    """Baselines that are somebody else's file and at hand -> the first 16 hex digits of that file's SHA-256."""
+    from tuner.baselines import attention, vllm_triton
+
+    fa3 = attention.fa3_library()
+    files = {"vllm_triton": vllm_triton.source_file(), "fa3_bf16": fa3, "fa3_fp8": fa3}
+    return {n: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for n, f in files.items() if f is not None}
 
 
 def available(device: Any, problem: Problem) -> list[str]:

@@ -110,6 +110,14 @@ def load_op(module: str, launcher: str) -> Any:
         raise TunerError(f"this vLLM has no {module}.{launcher}: {error}") from error
 
 
+def source_file() -> Path | None:
+    """Of vLLM's kernel, where it is at hand."""
+    source = os.environ.get(SOURCE_VARIABLE)
+    root = Path(source) / "vllm" if source else package_folder("vllm")
+    path = root / "v1" / "attention" / "ops" / _FILES[0] if root else None
+    return path if path is not None and path.is_file() else None
+
+
 def missing_source(files: tuple[str, ...] = _FILES) -> str | None:
     """What to do where neither vLLM nor ``files`` of its kernels are at hand, or None."""
     source = os.environ.get(SOURCE_VARIABLE)

@@ -16,6 +16,7 @@ _CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 
 
 def provenance_of(request: TuneRequest) -> Provenance:
+    from tuner.baselines import fingerprints
     from tuner.render import templates_digest
 
     return Provenance(
@@ -29,6 +30,7 @@ def provenance_of(request: TuneRequest) -> Provenance:
         optuna=version("optuna"),
         git_commit=_commit(),
         template_hash=templates_digest(),
+        peers=tuple(fingerprints().items()) if request.evidence == "measured" else (),
     )
 
 

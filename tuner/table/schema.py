@@ -43,7 +43,8 @@ class Device:
 class Provenance:
     """Versions and inputs a table came from; None where a package was absent. ``date`` is ISO 8601, UTC.
 
-    ``history`` has one line per older table that was merged into this one.
+    ``history`` has one line per older table that was merged into this one. ``peers``: baselines that are somebody
+    else's file, with the first 16 hex digits of its SHA-256.
     """
 
     date: str
@@ -57,6 +58,7 @@ class Provenance:
     git_commit: str | None = None
     template_hash: str | None = None
     history: tuple[str, ...] = ()
+    peers: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def to_json(table: Table) -> dict[str, Any]:
         "kv_heads": table.kv_heads,
         "device": asdict(table.device),
         "evidence": table.evidence,
-        "provenance": asdict(table.provenance) | {"history": list(table.provenance.history)},
+        "provenance": _provenance_json(table.provenance),
         "kernels": {k.id: _kernel_json(k) for k in table.kernels},
         "by_batch": {
             str(e.batch): _choice_json(e)
@@ -211,7 +213,7 @@ def from_json(data: Mapping[str, Any]) -> Table:
         problem=Problem(**data["problem"]),
         kv_heads=data["kv_heads"],
         device=Device(**data["device"]),
-        provenance=Provenance(**{**data["provenance"], "history": tuple(data["provenance"]["history"])}),
+        provenance=_provenance(data["provenance"]),
         evidence=data["evidence"],
         kernels=tuple(Kernel(id=i, **{**k, "params": tuple(k["params"].items())}) for i, k in data["kernels"].items()),
         by_batch=tuple(
@@ -248,6 +250,16 @@ def _choice_json(entry: BatchEntry | BucketEntry) -> dict[str, Any]:
 
 def _runner_up(data: Mapping[str, Any] | None) -> RunnerUp | None:
     return None if data is None else RunnerUp(**{**data, "params": tuple(data["params"].items())})
+
+
+def _provenance_json(provenance: Provenance) -> dict[str, Any]:
+    data = asdict(provenance) | {"history": list(provenance.history), "peers": dict(provenance.peers)}
+    return {name: value for name, value in data.items() if name != "peers" or value}
+
+
+def _provenance(data: Mapping[str, Any]) -> Provenance:
+    peers = tuple(data.get("peers", {}).items())
+    return Provenance(**{**data, "history": tuple(data["history"]), "peers": peers})
 
 
 def _timing_json(timing: Timing) -> dict[str, Any]:
