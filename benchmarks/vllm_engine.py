@@ -107,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"--kinds {','.join(sorted(unknown))}: expected some of {', '.join(plan.KINDS)}")
     for cache_format in args.formats.split(","):
         get_format(cache_format)
+    if not args.prepare:
+        attached_gpu(0)
     args.work = args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
     formats = args.formats.split(",")[: 1 if args.quick else None]

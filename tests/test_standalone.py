@@ -225,8 +225,13 @@ def test_make_builds_sm_121_and_the_header_is_c(tmp_path: Path) -> None:
     )
     build_project(tmp_path, "Unix Makefiles")
     nvcc = bare_environment()["CUDACXX"]
-    done = shell(nvcc, "-Xcompiler=-Wall,-Werror", "-Iinclude", "-c", "caller.c", cwd=tmp_path)
+    strict = "-Xcompiler=-Wall,-Wextra,-pedantic,-Werror"
+    done = shell(nvcc, strict, "-Iinclude", "-c", "caller.c", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    flags = ("-std=c++17", "-arch=sm_121", "-Xcompiler=-Wall,-Wextra,-Werror", "-Iinclude", "-Isrc")
+    done = shell(nvcc, *flags, "-c", "test/test_dispatch.cu", "-o", "test.o", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "planes of their own" in (tmp_path / "README.md").read_text()
     assert shell("build/test_dispatch", cwd=tmp_path).returncode == 0
 
 

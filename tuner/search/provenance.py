@@ -62,21 +62,22 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
-    commit = _output(["git", "-C", str(root), "rev-parse", "HEAD"])
-    status = ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", "templates", "tuner"]
-    return None if _output(status) else commit
+    git = ["git", "-C", str(root)]
+    same = _output([*git, "diff", "--quiet", "HEAD", "--", "templates", "tuner"])
+    return None if same is None else _output([*git, "rev-parse", "HEAD"])
 
 
 def driver_of(device: int) -> str | None:
     """Version of the driver of the GPU with that index; None without nvidia-smi."""
-    return _output(["nvidia-smi", f"--id={device}", "--query-gpu=driver_version", "--format=csv,noheader"])
+    return _output(["nvidia-smi", f"--id={device}", "--query-gpu=driver_version", "--format=csv,noheader"]) or None
 
 
 def _output(command: list[str]) -> str | None:
+    """What ``command`` prints; None where it fails."""
     if shutil.which(command[0]) is None:
         return None
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
     except (subprocess.SubprocessError, OSError):
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip()

@@ -105,6 +105,8 @@ def _context(
     return {
         "about": "Tuned CUDA kernels for " + " and ".join(about[op] for op in ops) + ".",
         "formats": list(FORMATS),
+        "one_slot": any(not layout.format.separate_planes for layout in layouts.values()),
+        "planes": sorted({f"`{la.format.name}`" for la in layouts.values() if la.format.separate_planes}),
         "ops": [
             {
                 "name": op,
