@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.grid.kernels import problem_of
 from benchmarks.grid.points import BF16_LIMIT, FORMAT, Point
 from benchmarks.grid.verdict import Verdict, at_least
+from tuner.baselines import split_name
 from tuner.report.rows import geometric_mean
 from tuner.table import Table, find, read, table_file_name
 from tuner.table.schema import Timing
@@ -28,7 +29,8 @@ class Prediction:
     share: float
     graph_share: float | None
     triton: float | None
-    """Times faster than Triton as shipped."""
+    tuned: float | None
+    """Times faster than Triton as shipped, and tuned by the same search."""
 
 
 def tables_of(points: Iterable[Point], folder: Path | None, target: Target) -> dict[Shape, Table | None]:
@@ -61,7 +63,8 @@ def predictions(tables: dict[Shape, Table | None]) -> list[Prediction]:
                 continue
             graph = shared.get((entry.batch, t.context, t.ragged))
             share = graph.limit_share if graph else None
-            found.append(Prediction(shape, bucket, t.limit_share, share, _against_triton(t)))
+            shipped, tuned = _against_triton(t)
+            found.append(Prediction(shape, bucket, t.limit_share, share, shipped, tuned))
     return found
 
 
@@ -87,16 +90,20 @@ def summary(shape: Shape, found: Sequence[Prediction]) -> str:
     """One line about a shape: mean and worst share, and the same against Triton."""
     own = [p for p in found if p.shape == shape]
     shares = [p.share for p in own]
-    triton = [p.triton for p in own if p.triton is not None]
-    mean = geometric_mean(triton)
-    against = f", {mean:.2f} x Triton as shipped (worst {min(triton):.2f})" if mean is not None else ""
-    share = f"{geometric_mean(shares) or 0:.0%} of the limit (worst {min(shares):.0%})"
-    return f"{_named(shape)}: {share}{against}, {len(own)} buckets"
+    parts = [f"{geometric_mean(shares) or 0:.0%} of the limit (worst {min(shares):.0%})"]
+    for name, ratios in (("as shipped", [p.triton for p in own]), ("tuned", [p.tuned for p in own])):
+        known = [r for r in ratios if r is not None]
+        if known:
+            parts.append(f"{geometric_mean(known):.2f} x Triton {name} (worst {min(known):.2f})")
+    return f"{_named(shape)}: {', '.join(parts)}, {len(own)} buckets"
 
 
-def _against_triton(t: Timing) -> float | None:
-    us = t.baselines_us.get("triton")
-    return None if us is None else us / t.time_us
+def _against_triton(t: Timing) -> tuple[float | None, float | None]:
+    """Times faster than Triton as shipped, and than the best of its tuned constants."""
+    times = {n: us for n, us in t.baselines_us.items() if us is not None and split_name(n)[0] == "triton"}
+    tuned = min((us for n, us in times.items() if split_name(n)[1] is not None), default=None)
+    shipped = times.get("triton")
+    return shipped and shipped / t.time_us, tuned and tuned / t.time_us
 
 
 def _named(shape: Shape) -> str:
