@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from analytic_search import BUCKETS, Analytic, request_for
+from command_line import tune
 from rich.console import Console
-from test_cli import tune
 
 from tuner.errors import TunerError
 from tuner.report import terminal
