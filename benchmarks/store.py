@@ -1,6 +1,6 @@
 """New keys and values to the compressed cache: our one launch against vLLM's own, by format and head dim.
 
-    python benchmarks/store.py                  # vLLM's four formats, head dims 64 to 512; some three minutes (never run)
+    python benchmarks/store.py                  # vLLM's four formats, head dims 64 to 512; three minutes (never run)
     python benchmarks/store.py --head-dims 128  # what the targets are about; less than one
 
 Three lines per format and head dim, 8 KV heads, bf16 rows:

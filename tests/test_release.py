@@ -1,0 +1,99 @@
+"""The release steps: their order, what is done once, what is left over; and which kernels the sanitizers are given."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import ROOT, make_table
+
+from benchmarks import release, sanitize
+from benchmarks.release import STEPS, Step, argv, carry_out, chosen, publish
+from tuner.cli.tune import command as tune_command
+from tuner.errors import UsageError
+from tuner.table import read, verify
+
+
+def step(name: str, code: str, seconds: float = 60) -> Step:
+    return Step(name, "group", ("-c", code), seconds)
+
+
+def test_steps_that_are_done_are_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mark = f"open({str(tmp_path / 'ran')!r}, 'a').write('x')"
+    good, bad = step("good", f"{mark}; print('fine')"), step("bad", "raise SystemExit('no')")
+    assert carry_out([good, bad], tmp_path / "work", 60) == ["bad"]
+    assert carry_out([good, bad], tmp_path / "work", 60) == ["bad"]
+    assert (tmp_path / "ran").read_text() == "x"
+    assert list(json.loads((tmp_path / "work/done.json").read_text())) == ["good"]
+    assert carry_out([good], tmp_path / "work", 60, again=True) == [] and (tmp_path / "ran").read_text() == "xx"
+    said = capsys.readouterr().out
+    assert "good: done after" in said and "    fine" in said and "bad: ended with 1" in said and "done before" in said
+
+
+def test_time_ends_a_step_and_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(release, "_LEAST_S", 0.5)
+    slow, next_ = step("slow", "import time; time.sleep(60)", seconds=1), step("next", "pass")
+    assert carry_out([slow, next_], tmp_path, 20) == ["slow"]
+    assert carry_out([slow, step("later", "pass")], tmp_path / "b", 1.2) == ["slow", "later"]
+
+
+def test_only_takes_steps_and_groups() -> None:
+    assert [s.name for s in chosen(STEPS, "grid")] == ["grid", "grid-formats"]
+    assert [s.name for s in chosen(STEPS, "tune-store-d128,engine")] == ["tune-store-d128", "engine"]
+    assert chosen(STEPS, "") == list(STEPS) and len({s.name for s in STEPS}) == len(STEPS)
+    with pytest.raises(UsageError, match="nonsense"):
+        chosen(STEPS, "nonsense")
+
+
+def test_every_step_is_a_command_that_there_is(tmp_path: Path) -> None:
+    known = {option for parameter in tune_command.params for option in parameter.opts}
+    for one in STEPS:
+        words = argv(one, tmp_path)[1:]
+        assert not [w for w in words if w in ("TABLES", "RECORDINGS", "WORK") or w.startswith("WORK/")]
+        if words[0] == "-m":
+            continue
+        assert (ROOT / words[0]).is_file()
+        options = {w for w in words if w.startswith("--")}
+        if words[0] == "tune.py" and words[1] != "bench":
+            assert options <= known
+        else:
+            verb = ["bench"] if words[1] == "bench" else []
+            helped = subprocess.run([sys.executable, ROOT / words[0], *verb, "--help"], capture_output=True, text=True)
+            assert helped.returncode == 0 and not [o for o in options if o not in helped.stdout], one.name
+
+
+def test_new_tables_replace_those_of_their_names_and_leave_no_cubin_behind(tmp_path: Path) -> None:
+    old = make_table(tmp_path / "package")
+    stray = tmp_path / "package" / "kernels" / "sm_121-0123456789abcdef.cubin"
+    stray.write_bytes(b"of a table that was replaced")
+    new = make_table(tmp_path / "new", context=65536)
+    (written,) = publish(tmp_path / "new", tmp_path / "package")
+    assert written == old and read(written) == read(new) and verify(written) == () and not stray.exists()
+
+
+def test_sanitizers_get_the_kernels_of_the_attached_gpu(tmp_path: Path) -> None:
+    make_table(tmp_path)
+    (subject,) = sanitize.subjects(tmp_path, "sm_121")
+    assert list(sanitize.subjects(tmp_path, "sm_90")) == []
+    words = sanitize.command("racecheck", "/bin/compute-sanitizer", subject)
+    assert words[:3] == ["/bin/compute-sanitizer", "--tool", "racecheck"] and words[-2:] == [str(subject.cubin), "8"]
+    config = json.loads(words[words.index("--child") + 1])
+    assert config["head_dim"] == 128 and config["params"] == dict(subject.kernel.params)
+    text = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
+    assert sanitize.summary(f"noise\n{text}\n") == "0 hazards displayed (0 errors, 0 warnings)"
+    assert sanitize.summary("crashed") == "no summary"
+
+
+@pytest.mark.parametrize("name", ["release.py", "sanitize.py"])
+def test_without_a_gpu_one_line_says_so(name: str, tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: this is what happens without one")
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / name], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: no GPU 0") and not any(tmp_path.iterdir())
