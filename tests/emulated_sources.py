@@ -31,7 +31,7 @@ def source(name: str) -> SimpleNamespace:
 
 def run_primitive(root, entry, out, *, grid=1, block=32, shared=0, n=0, **kw):
     """``out`` after one launch of ``entry`` of primitives.cu; other arrays by the name of their parameter."""
-    options = {k: kw.pop(k) for k in ("seed", "concurrent_ctas") if k in kw}
+    options = {k: kw.pop(k) for k in ("seed", "concurrent_ctas", "races") if k in kw}
     launch = Launch(entry, (grid, 1, 1), block, shared)
     emulate(source("primitives.cu"), launch, Params(n=n), kw | {"out": out}, root=root, **options)
     return out

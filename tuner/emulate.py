@@ -1,4 +1,5 @@
-"""Runs a rendered kernel on the CPU, lane by lane, under address, undefined-behaviour and alignment sanitizers.
+"""Runs a rendered kernel on the CPU, lane by lane, under address, undefined-behaviour and alignment sanitizers, or
+under the thread sanitizer, which finds data races.
 
 The source is compiled, unchanged, with g++ and ``-DWPH_EMULATE`` against ``tuner/emulator/emulate.h``, and runs in
 a child process: whatever a kernel does wrong arrives here as an EmulationError.
@@ -35,6 +36,7 @@ def emulate(
     *,
     seed: int = 0,
     concurrent_ctas: int = 1,
+    races: bool = False,
     timeout_s: float = 120.0,
     root: Path = DEFAULT_ROOT,
 ) -> None:
@@ -48,13 +50,27 @@ def emulate(
     ``seed`` other than 0 shuffles the order of CTAs, warps and lanes (odd: each warp runs as far as it can, even:
     they mix); ``concurrent_ctas`` lets so many CTAs take turns.
 
+    ``races`` looks for data races instead of bad addresses: a write and another access to the same byte of shared or
+    global memory, by lanes or asynchronous copies of which nothing makes one come first. Barriers of all kinds, waits
+    for copies and ``atomic_add_ordered`` do; shuffles, votes and matrix instructions do not, nor does the order in
+    which a run happens to take the lanes. Not seen are
+
+    - races of two CTAs of which one began in the place that the other left: ``concurrent_ctas`` are compared, and
+      with 1 none are;
+    - of shared memory, accesses before and after another CTA's turn: with ``concurrent_ctas=1`` all are compared;
+    - two copies that one lane has under way, and missing proxy fences;
+    - structures that a call leaves in memory or takes from there, which g++ does not instrument;
+    - now and then one of more than four accesses to the same eight bytes.
+
+    A lane takes 1 MB of memory, one that starts copies 2.
+
     Raises EmulationError for anything that a sanitizer or the emulator finds, including divergent collectives,
     deadlocks and a run longer than ``timeout_s``; then the buffers are as before. Raises UsageError for arguments
     that no GPU would take.
     """
     launches = (launches,) if isinstance(launches, Launch) else tuple(launches)
     check_launches(launches, concurrent_ctas)
-    executable = compile_source(source, root=root)
+    executable = compile_source(source, races=races, root=root)
     request = Request.of(launches, params, Buffers.of(params, buffers), seed=seed, concurrent_ctas=concurrent_ctas)
     with tempfile.TemporaryDirectory(prefix="wph-emulate-") as folder:
         path = Path(folder) / "request"
@@ -63,8 +79,9 @@ def emulate(
         answer = path.read_bytes()
     status = request.status(answer)
     if code != 0 or not status.done:
-        entry = launches[status.launch].entry
-        raise failure(source.text, report, code, status, entry, request.guarded(answer), timeout_s)
+        launch = launches[status.launch]
+        shared = request.shared(answer, launch.shared_bytes)
+        raise failure(source.text, report, code, status, launch.entry, request.guarded(answer), shared, timeout_s)
     request.write_back(answer)
 
 
@@ -87,6 +104,8 @@ def _run(executable: Path, request: Path, timeout_s: float) -> tuple[str, int | 
     options = {
         "ASAN_OPTIONS": "detect_leaks=0:redzone=2048:detect_stack_use_after_return=0:print_legend=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
+        # What the run time does through the C library's functions is not the kernel's doing.
+        "TSAN_OPTIONS": "halt_on_error=1:ignore_interceptors_accesses=1:history_size=5",
     }
     try:
         done = subprocess.run(

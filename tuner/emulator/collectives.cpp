@@ -35,6 +35,40 @@ void release(Warp &warp) {
     if (shuffled() && random_word() % 8 == 0) yield_lane();
 }
 
+// Parks the current lane until `threads` of them are at the CTA's barrier `id`.
+void meet(int id, int threads, const char *name, int line) {
+    Warp &warp = *current->warp;
+    // Barriers are warp instructions: all 32 lanes must be at the same one.
+    const unsigned self = current->index;
+    warp.in[self][0] = static_cast<unsigned>(id);
+    warp.in[self][1] = static_cast<unsigned>(threads);
+    if (!join(name, line)) return;
+    for (unsigned lane = 0; lane < kLanes; ++lane) {
+        if (warp.in[lane][0] != warp.in[self][0] || warp.in[lane][1] != warp.in[self][1]) {
+            fail(line, "divergence: lanes of a warp name different barriers at %s (line %d)", name, line);
+        }
+    }
+    warp.arrived = 0;
+    NamedBarrier &barrier = warp.cta->barriers[id];
+    if (barrier.arrived && barrier.threads != threads) {
+        fail(line, "%s: barrier %d with %d threads (line %d), others wait there for %d (line %d)", name, id, threads,
+             line, barrier.threads, barrier.line);
+    }
+    barrier.threads = threads;
+    barrier.line = line;
+    barrier.arrived += static_cast<int>(kLanes);
+    if (barrier.arrived < threads) {
+        barrier.waiting.push_back(&warp);
+        park(name, line);
+        return;
+    }
+    for (Warp *waiting : barrier.waiting) wake(*waiting, kFullWarp);
+    barrier.waiting.clear();
+    barrier.arrived = 0;
+    ++barrier.meeting.completed;
+    release(warp);
+}
+
 void multiply_accumulate(Warp &warp) {
     float a[16][16], b[16][8];
     for (unsigned lane = 0; lane < kLanes; ++lane) {
@@ -100,12 +134,17 @@ unsigned ballot(bool v, const char *name, int line) {
 }
 
 void sync_warp(int line) {
-    if (join("sync_warp", line)) release(*current->warp);
+    Warp &warp = *current->warp;
+    const char *token = warp.meeting.now();
+    happens_before(token);
+    if (join("sync_warp", line)) {
+        ++warp.meeting.completed;
+        release(warp);
+    }
+    happens_after(token);
 }
 
 void sync_threads(int id, int threads, const char *name, int line) {
-    Warp &warp = *current->warp;
-    Cta &cta = *warp.cta;
     const int block = static_cast<int>(blockDim.x);
     if (id != 0 || threads != 0) {
         if (id < 1 || id > 15) fail(line, "sync_named: barrier %d, expected 1 to 15", id);
@@ -115,34 +154,10 @@ void sync_threads(int id, int threads, const char *name, int line) {
     } else {
         threads = block;
     }
-    // Barriers are warp instructions: all 32 lanes must be at the same one.
-    const unsigned self = current->index;
-    warp.in[self][0] = static_cast<unsigned>(id);
-    warp.in[self][1] = static_cast<unsigned>(threads);
-    if (!join(name, line)) return;
-    for (unsigned lane = 0; lane < kLanes; ++lane) {
-        if (warp.in[lane][0] != warp.in[self][0] || warp.in[lane][1] != warp.in[self][1]) {
-            fail(line, "divergence: lanes of a warp name different barriers at %s (line %d)", name, line);
-        }
-    }
-    warp.arrived = 0;
-    NamedBarrier &barrier = cta.barriers[id];
-    if (barrier.arrived && barrier.threads != threads) {
-        fail(line, "%s: barrier %d with %d threads (line %d), others wait there for %d (line %d)", name, id, threads,
-             line, barrier.threads, barrier.line);
-    }
-    barrier.threads = threads;
-    barrier.line = line;
-    barrier.arrived += static_cast<int>(kLanes);
-    if (barrier.arrived < threads) {
-        barrier.waiting.push_back(&warp);
-        park(name, line);
-        return;
-    }
-    for (Warp *waiting : barrier.waiting) wake(*waiting, kFullWarp);
-    barrier.waiting.clear();
-    barrier.arrived = 0;
-    release(warp);
+    const char *token = current->warp->cta->barriers[id].meeting.now();
+    happens_before(token);
+    meet(id, threads, name, line);
+    happens_after(token);
 }
 
 void mma(float *c, const unsigned (&ab)[6], int line) {

@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -18,14 +19,25 @@ from tuner.emulator.report import EmulationError
 
 DEFAULT_ROOT = Path("build")
 _RUNTIME = Path(__file__).resolve().parent
-_SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 # Kernels read shared memory as many types. Optimising costs more at compile time than it gains at run time.
-_KERNEL_FLAGS = ("-std=c++17", "-O0", "-g1", "-fno-strict-aliasing", "-DWPH_EMULATE", "-w", *_SANITIZE)
-# The run time itself is trusted: it tells AddressSanitizer what it needs to know, and is fast.
+_KERNEL_FLAGS = ("-std=c++17", "-O0", "-g1", "-fno-strict-aliasing", "-DWPH_EMULATE", "-w")
+# The run time itself is trusted: it tells the sanitizer what it needs to know, and is fast.
 _RUNTIME_FLAGS = ("-std=c++17", "-O2", "-g1", "-fno-strict-aliasing")
 _ENTRY = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^()]*\)\s*)?(\w+)\s*\(')
 _DYNAMIC_SHARED = re.compile(r"\bextern\s+__shared__\s+(?:__align__\s*\([^()]*\)\s*)?[\w\s]*?(\w+)\s*\[\s*\]")
 _STATIC_SHARED = re.compile(r"(?<!extern )__shared__")
+
+
+@dataclass(frozen=True)
+class _Sanitizer:
+    """The run time's file that speaks to it, of which an executable has one, and the compiler's options."""
+
+    file: str
+    flags: tuple[str, ...]
+
+
+_ADDRESS = _Sanitizer("address.cpp", ("-fsanitize=address,undefined", "-fno-sanitize-recover=all"))
+_RACES = _Sanitizer("races.cpp", ("-fsanitize=thread",))
 
 
 class HasText(Protocol):
@@ -35,19 +47,25 @@ class HasText(Protocol):
     def text(self) -> str: ...
 
 
-def compile_source(source: HasText, *, root: Path = DEFAULT_ROOT) -> Path:
-    """The emulated kernel as an executable, compiled once per text; raises EmulationError with g++'s first error."""
+def compile_source(source: HasText, *, races: bool = False, root: Path = DEFAULT_ROOT) -> Path:
+    """The emulated kernel as an executable, compiled once per text; raises EmulationError with g++'s first error.
+
+    It runs under the address and undefined-behaviour sanitizers, or, where ``races``, under the thread sanitizer.
+    """
     text = source.text
     entries = _ENTRY.findall(text)
     if not entries:
         raise EmulationError('no kernel in the source: expected extern "C" __global__ void name(...)')
     if _STATIC_SHARED.search(text):
         raise EmulationError("static __shared__ array: the emulator guards only extern __shared__, declare it so")
-    key = _digest(text, _runtime_digest(), *_KERNEL_FLAGS)
+    sanitizer = _RACES if races else _ADDRESS
+    flags = (*_KERNEL_FLAGS, *sanitizer.flags)
+    key = _digest(text, _runtime_digest(), *flags)
     executable = root / "emulate" / key / "kernel"
     if executable.is_file():
         return executable.resolve()
-    objects = _runtime_objects(root)
+    unused = {s.file for s in (_ADDRESS, _RACES)} - {sanitizer.file}
+    objects = [o for o in sorted(_runtime(root).glob("*.o")) if o.with_suffix(".cpp").name not in unused]
     arrays = sorted(set(_DYNAMIC_SHARED.findall(text)))
 
     def build(folder: Path) -> None:
@@ -56,18 +74,20 @@ def compile_source(source: HasText, *, root: Path = DEFAULT_ROOT) -> Path:
         (folder / "main.cpp").write_text(f'#include "emulate.h"\n#include "kernel.cu"\n{calls}')
         symbols = [f"-Wl,--defsym={name}=wph_arena+16384" for name in arrays]
         inputs = ["main.cpp", *map(str, objects), *symbols]
-        _gxx([*_KERNEL_FLAGS, f"-I{_RUNTIME}", *inputs, "-o", "kernel", "-ldl"], folder)
+        _gxx([*flags, f"-I{_RUNTIME}", *inputs, "-o", "kernel", "-ldl"], folder)
         (folder / "main.cpp").unlink()
 
     _publish(executable.parent, build)
     return executable.resolve()
 
 
-def compile_many(sources: Iterable[HasText], *, jobs: int = 2, root: Path = DEFAULT_ROOT) -> list[Path]:
+def compile_many(
+    sources: Iterable[HasText], *, races: bool = False, jobs: int = 2, root: Path = DEFAULT_ROOT
+) -> list[Path]:
     """compile_source() of many sources, ``jobs`` at a time."""
-    _runtime_objects(root)  # once, rather than in every worker
+    _runtime(root)  # once, rather than in every worker
     with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(lambda source: compile_source(source, root=root), sources))
+        return list(pool.map(lambda source: compile_source(source, races=races, root=root), sources))
 
 
 def _digest(*parts: str) -> str:
@@ -93,12 +113,13 @@ def _runtime_digest() -> str:
     return _digest(*_compiler(), *_RUNTIME_FLAGS, *(part for p in files for part in (p.name, p.read_text())))
 
 
-def _runtime_objects(root: Path) -> list[Path]:
+def _runtime(root: Path) -> Path:
+    """The folder with the run time's objects, compiled once, for either sanitizer."""
     folder = root / "emulate" / f"runtime-{_runtime_digest()}"
     sources = sorted(_RUNTIME.glob("*.cpp"))
     if not folder.is_dir():
         _publish(folder, lambda work: _gxx([*_RUNTIME_FLAGS, "-c", *map(str, sources)], work))
-    return [(folder / source.name).with_suffix(".o").resolve() for source in sources]
+    return folder.resolve()
 
 
 def _publish(folder: Path, build: Callable[[Path], None]) -> None:

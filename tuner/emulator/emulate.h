@@ -71,17 +71,21 @@ unsigned ballot(bool v, const char *name, int line);
 void sync_warp(int line);
 void sync_threads(int id, int threads, const char *name, int line);
 void yield_lane();
+// What the current lane did before the former precedes what any lane does after a later call of the latter with the
+// same token, which is any address. For the sanitizer only.
+void happens_before(const void *token);
+void happens_after(const void *token);
 void mma(float *c, const unsigned (&ab)[6], int line);
 unsigned transpose(unsigned v, int line);
 unsigned shared_address(const void *p, int line);
 unsigned load_shared(unsigned address, int line);
-void copy_async(void *shared, const void *global, int bytes, int valid, int line);
+void copy_async(void *shared, const void *global, int bytes, int valid, int line, const void *call);
 void copy_commit();
 void copy_wait(int pending);
 void barrier_init(unsigned long long *bar, int arrivals, int line);
 void barrier_arrive(unsigned long long *bar, int bytes, const char *name, int line);
 void barrier_wait(unsigned long long *bar, int parity, int line);
-void copy_bulk(void *shared, const void *global, int bytes, unsigned long long *bar, int line);
+void copy_bulk(void *shared, const void *global, int bytes, unsigned long long *bar, int line, const void *call);
 float half_value(unsigned short v);
 unsigned short half_bits(double v);
 unsigned short bfloat_bits(float v);
@@ -161,8 +165,10 @@ WPH_DEVICE void sync_cta(WPH_LINE) { wph::sync_threads(0, 0, "sync_cta", line); 
 WPH_DEVICE void sync_named(int id, int threads, WPH_LINE) { wph::sync_threads(id, threads, "sync_named", line); }
 WPH_DEVICE int atomic_add_ordered(int *p, int v) {
     wph::yield_lane();
+    wph::happens_after(p);
     const int old = *p;
     *p = static_cast<int>(static_cast<unsigned>(old) + static_cast<unsigned>(v));
+    wph::happens_before(p);
     return old;
 }
 
@@ -222,7 +228,7 @@ WPH_DEVICE unsigned load_shared(unsigned address, WPH_LINE) { return wph::load_s
 template <int BYTES>
 WPH_DEVICE void cp_async(void *shared, const void *global, int valid, WPH_LINE) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
-    wph::copy_async(shared, global, BYTES, valid, line);
+    wph::copy_async(shared, global, BYTES, valid, line, __builtin_return_address(0));
 }
 WPH_DEVICE void cp_async_commit() { wph::copy_commit(); }
 template <int PENDING>
@@ -240,5 +246,5 @@ WPH_DEVICE void mbarrier_arrive(unsigned long long *bar, WPH_LINE) {
 }
 WPH_DEVICE void mbarrier_wait(unsigned long long *bar, int parity, WPH_LINE) { wph::barrier_wait(bar, parity, line); }
 WPH_DEVICE void bulk_copy(void *shared, const void *global, int bytes, unsigned long long *bar, WPH_LINE) {
-    wph::copy_bulk(shared, global, bytes, bar, line);
+    wph::copy_bulk(shared, global, bytes, bar, line, __builtin_return_address(0));
 }

@@ -23,6 +23,7 @@ struct Header {
     std::uint32_t launches, relocations, buffers, concurrent_ctas;
     std::uint32_t params_bytes, unused;
     std::uint64_t seed, params_at;
+    std::uint64_t shared_address;  // written here, for messages
 };
 struct LaunchRecord {
     char entry[64];
@@ -82,6 +83,7 @@ int run(const char *path) {
         }
         status->launch = static_cast<int>(i);
         set_shared_size(launch.shared_bytes);
+        header.shared_address = reinterpret_cast<std::uintptr_t>(shared_begin());
         run_launch({entry, params, {launch.grid[0], launch.grid[1], launch.grid[2]}, launch.block, launch.shared_bytes,
                     header.concurrent_ctas, header.seed});
     }

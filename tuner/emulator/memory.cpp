@@ -1,8 +1,5 @@
 // Shared memory, asynchronous copies and their barriers. A copy reads its source and writes its destination as late as
 // it may; until then the destination holds poison.
-#include <sanitizer/asan_interface.h>
-
-#include <cstdio>
 #include <cstring>
 
 #include "runtime.h"
@@ -30,6 +27,7 @@ void perform(const AsyncCopy &copy) {
 
 PhaseBarrier &find_barrier(Cta &cta, const std::uint64_t *bar, const char *what, int line) {
     check_shared(bar, 8, 8, what, line);
+    reads(bar, 8);
     for (PhaseBarrier &barrier : cta.phases) {
         if (barrier.address != bar) continue;
         if (*bar != kBarrierTag) fail(line, "%s: the mbarrier was overwritten", what);
@@ -56,9 +54,7 @@ unsigned shared_size() { return shared_bytes; }
 
 void set_shared_size(unsigned bytes) {
     shared_bytes = bytes;
-    __asan_unpoison_memory_region(wph_arena, sizeof wph_arena);
-    __asan_poison_memory_region(wph_arena, kSharedGuard);
-    __asan_poison_memory_region(shared_begin() + bytes, sizeof wph_arena - kSharedGuard - bytes);
+    guard(wph_arena, sizeof wph_arena, shared_begin(), bytes);
 }
 
 void check_shared(const void *p, std::size_t bytes, std::size_t alignment, const char *what, int line) {
@@ -76,12 +72,7 @@ void check_shared(const void *p, std::size_t bytes, std::size_t alignment, const
 
 void check_global(const void *p, std::size_t bytes, std::size_t alignment, const char *what, int line) {
     if (!multiple(p, alignment)) fail(line, "%s: misaligned: %p, expected a multiple of %zu", what, p, alignment);
-    void *bad = bytes ? __asan_region_is_poisoned(const_cast<void *>(p), bytes) : nullptr;
-    if (bad) {
-        int frame = line;
-        std::fprintf(stderr, "wph-emulate: line %d: %s\n", line, what);
-        __asan_report_error(__builtin_return_address(0), __builtin_frame_address(0), &frame, bad, 0, bytes);
-    }
+    check_access(p, bytes, what, line);
 }
 
 // Where a CTA's dynamic shared memory starts on GPUs: the system keeps the first KiB.
@@ -95,32 +86,37 @@ unsigned shared_address(const void *p, int line) {
 unsigned load_shared(unsigned address, int line) {
     const unsigned char *from = shared_begin() + (static_cast<long>(address) - shared_start);
     check_shared(from, 4, 4, "load_shared", line);
+    reads(from, 4);
     unsigned v;
     std::memcpy(&v, from, sizeof v);
     return v;
 }
 
-void copy_async(void *shared, const void *global, int bytes, int valid, int line) {
+void copy_async(void *shared, const void *global, int bytes, int valid, int line, const void *call) {
     const auto size = static_cast<std::size_t>(bytes);
     if (valid < 0 || valid > bytes) fail(line, "cp_async: %d valid bytes, expected 0 to %d", valid, bytes);
     check_shared(shared, size, size, "cp_async's destination", line);
     check_global(global, static_cast<std::size_t>(valid), size, "cp_async's source", line);
     auto *destination = static_cast<unsigned char *>(shared);
     std::memset(destination, kPoison, size);
-    current->copies.push_back({destination, static_cast<const unsigned char *>(global), bytes, valid, line});
+    Lane &lane = *current;
+    CopyGroup &group = lane.groups.back();
+    starts_copy(lane.fiber, shared, size, global, static_cast<std::size_t>(valid), call, &group.landed);
+    lane.copies.push_back({destination, static_cast<const unsigned char *>(global), bytes, valid, line});
+    ++group.copies;
 }
 
-void copy_commit() { current->groups.push_back(current->copies.size()); }
+void copy_commit() { current->groups.emplace_back(); }
 
 void copy_wait(int pending) {
     Lane &lane = *current;
-    if (lane.groups.size() <= static_cast<std::size_t>(pending)) return;
-    const std::size_t done = lane.groups.size() - static_cast<std::size_t>(pending);
-    const std::size_t copies = lane.groups[done - 1];
-    for (std::size_t i = 0; i < copies; ++i) perform(lane.copies[i]);
-    lane.copies.erase(lane.copies.begin(), lane.copies.begin() + static_cast<std::ptrdiff_t>(copies));
-    lane.groups.erase(lane.groups.begin(), lane.groups.begin() + static_cast<std::ptrdiff_t>(done));
-    for (std::size_t &end : lane.groups) end -= copies;
+    while (lane.groups.size() > static_cast<std::size_t>(pending) + 1) {
+        const CopyGroup &group = lane.groups.front();
+        for (std::size_t i = 0; i < group.copies; ++i) perform(lane.copies[i]);
+        lane.copies.erase(lane.copies.begin(), lane.copies.begin() + static_cast<std::ptrdiff_t>(group.copies));
+        happens_after(&group.landed);
+        lane.groups.pop_front();
+    }
 }
 
 void barrier_init(unsigned long long *bar, int arrivals, int line) {
@@ -131,7 +127,8 @@ void barrier_init(unsigned long long *bar, int arrivals, int line) {
     for (PhaseBarrier &barrier : cta.phases) {
         if (barrier.address == address) fail(line, "mbarrier_init: the mbarrier is initialised already");
     }
-    cta.phases.push_back({address, arrivals, arrivals, 0, 0, {}});
+    cta.phases.push_back({address, arrivals, arrivals, 0, 0, {}, {}});
+    writes(bar, 8);
     std::memcpy(address, &kBarrierTag, sizeof kBarrierTag);
 }
 
@@ -142,6 +139,7 @@ void barrier_arrive(unsigned long long *bar, int bytes, const char *name, int li
         fail(line, "%s: more arrivals than the %d that mbarrier_init named, its bytes are not there yet", name,
              barrier.arrivals);
     }
+    happens_before(&barrier.tokens[barrier.phase % 2]);
     barrier.bytes += bytes;
     --barrier.pending;
     advance(barrier);
@@ -151,21 +149,24 @@ void barrier_wait(unsigned long long *bar, int parity, int line) {
     if (parity != 0 && parity != 1) fail(line, "mbarrier_wait: parity %d, expected 0 or 1", parity);
     PhaseBarrier &barrier =
         find_barrier(*current->warp->cta, reinterpret_cast<std::uint64_t *>(bar), "mbarrier_wait", line);
-    if (static_cast<int>(barrier.phase & 1u) != parity) return;
-    barrier.waiting.push_back(current);
-    park("mbarrier_wait", line);
+    if (static_cast<int>(barrier.phase & 1u) == parity) {
+        barrier.waiting.push_back(current);
+        park("mbarrier_wait", line);
+    }
+    happens_after(&barrier.tokens[parity]);
 }
 
-void copy_bulk(void *shared, const void *global, int bytes, unsigned long long *bar, int line) {
+void copy_bulk(void *shared, const void *global, int bytes, unsigned long long *bar, int line, const void *call) {
     if (bytes <= 0 || bytes % 16) fail(line, "bulk_copy: %d bytes, expected a positive multiple of 16", bytes);
     const auto size = static_cast<std::size_t>(bytes);
     check_shared(shared, size, 16, "bulk_copy's destination", line);
     check_global(global, size, 16, "bulk_copy's source", line);
     Cta &cta = *current->warp->cta;
     auto *address = reinterpret_cast<std::uint64_t *>(bar);
-    find_barrier(cta, address, "bulk_copy", line);
+    const PhaseBarrier &barrier = find_barrier(cta, address, "bulk_copy", line);
     auto *destination = static_cast<unsigned char *>(shared);
     std::memset(destination, kPoison, size);
+    starts_copy(current->fiber, shared, size, global, size, call, &barrier.tokens[barrier.phase % 2]);
     cta.bulk.push_back({{destination, static_cast<const unsigned char *>(global), bytes, bytes, line}, address});
 }
 

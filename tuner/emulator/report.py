@@ -31,7 +31,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Guarded:
-    """A buffer in the child's memory: name, address (0: it was not there yet) and size."""
+    """A buffer, or shared memory, in the child's memory: name, address (0: it was not there yet) and size."""
 
     name: str
     address: int
@@ -42,6 +42,7 @@ _OWN = re.compile(r"^wph-emulate: line (\d+): (.*)$", re.M)
 _UNDEFINED = re.compile(r"^\S+:\d+:\d+: runtime error: (.*)$", re.M)
 _ADDRESS = re.compile(r"ERROR: AddressSanitizer:? (\S+)(?:.*?(0x[0-9a-f]+))?.*$", re.M)
 _ACCESS = re.compile(r"^(?:READ|WRITE) of size \d+", re.M)
+_RACING = re.compile(r"^  (?:Previous )?(read|write) of size \d+ at (0x[0-9a-f]+) by .*\n((?:    .*\n)*)", re.M | re.I)
 _KERNEL_LINE = re.compile(r"\bkernel\.cu:(\d+)")
 _NEAR_BYTES = 1 << 20
 
@@ -57,13 +58,44 @@ def _buffer_place(address: int, buffers: Sequence[Guarded]) -> str:
     return f" at byte {address - near.address} of {near.name}, which has {near.size_bytes}"
 
 
+def _quoted(text: str, line: int) -> str:
+    """``line`` of the source with its number; empty where the source has no such line."""
+    lines = text.splitlines()
+    return f"line {line}: {lines[line - 1].strip()}" if 1 <= line <= len(lines) else ""
+
+
+def _race(text: str, accesses: Sequence[tuple[str, str, str]], buffers: Sequence[Guarded], shared: Guarded) -> str:
+    """Where two accesses race, and what they are: of each the kind, the address and its stack."""
+    address = int(accesses[0][1], 16)
+    if shared.address <= address < shared.address + shared.size_bytes:
+        where = f"shared memory at byte {address - shared.address}"
+    else:
+        place = _buffer_place(address, buffers)
+        where = f"global memory{place}" if place else "local memory"
+    kinds = []
+    for kind, _, stack in accesses[:2]:
+        line = _KERNEL_LINE.search(stack)
+        kinds.append(f"a {kind.lower()} ({_quoted(text, int(line[1])) if line else 'of an unknown line'})")
+    return f"data race in {where} between {' and '.join(kinds)}"
+
+
 def failure(
-    text: str, report: str, code: int | None, status: Status, launch: str, buffers: Sequence[Guarded], timeout_s: float
+    text: str,
+    report: str,
+    code: int | None,
+    status: Status,
+    launch: str,
+    buffers: Sequence[Guarded],
+    shared: Guarded,
+    timeout_s: float,
 ) -> EmulationError:
     """The error for a child that ended with ``code`` (None: by time-out) during ``launch`` and wrote ``report``."""
     own, undefined, address = _OWN.search(report), _UNDEFINED.search(report), _ADDRESS.search(report)
+    races = _RACING.findall(report)
     if code is None:
         what = f"no end after {timeout_s:g} s"
+    elif races:
+        what = _race(text, races, buffers, shared)
     elif address:
         access = _ACCESS.search(report)
         where = _buffer_place(int(address[2], 16), buffers) if address[2] else ""
@@ -74,10 +106,7 @@ def failure(
         what = own[2]
     else:
         what = f"the process ended with {code}: {(report.splitlines() or ['no message'])[0]}"
-    frame = own or (code is not None and _KERNEL_LINE.search(report))
-    line = int(frame[1]) if frame else 0
-    message = f"{launch}, CTA ({status.x}, {status.y}, {status.z}), thread {status.thread}: {what}"
-    lines = text.splitlines()
-    if 1 <= line <= len(lines):
-        message += f"; line {line}: {lines[line - 1].strip()}"
-    return EmulationError(message, report)
+    frame = own or (code is not None and not races and _KERNEL_LINE.search(report))
+    quoted = _quoted(text, int(frame[1])) if frame else ""
+    place = f"{launch}, CTA ({status.x}, {status.y}, {status.z}), thread {status.thread}"
+    return EmulationError(f"{place}: {what}{'; ' if quoted else ''}{quoted}", report)

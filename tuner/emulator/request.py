@@ -13,7 +13,8 @@ from tuner.errors import UsageError
 
 SHARED_LIMIT_BYTES = 227 * 1024
 _STATUS = struct.Struct("=6i")
-_HEADER = struct.Struct("=6i4I2I2Q")
+_HEADER = struct.Struct("=6i4I2I3Q")
+_SHARED_ADDRESS = struct.Struct("=Q")
 _LAUNCH = struct.Struct("=64s3I2I4x")
 _RELOCATION = struct.Struct("=2IQ")
 _BUFFER = struct.Struct("=4Q")
@@ -127,7 +128,7 @@ class Request:
             table += _BUFFER.pack(end, storage.size_bytes, _ALIGNMENT_BYTES, 0)
             end += storage.size_bytes
         counts = len(launches), len(relocations) // _RELOCATION.size, len(buffers.storages), concurrent_ctas
-        header = _HEADER.pack(*[0] * 6, *counts, len(values), 0, seed & (2**64 - 1), params_at)
+        header = _HEADER.pack(*[0] * 6, *counts, len(values), 0, seed & (2**64 - 1), params_at, 0)
         data = (ctypes.string_at(s.address, s.size_bytes) if s.size_bytes else b"" for s in buffers.storages)
         content = b"".join([header, records, relocations, table, values, *data])
         return cls(content, records_at, tuple(data_at), buffers)
@@ -140,6 +141,11 @@ class Request:
         """Where the child had the buffers."""
         records = [_BUFFER.unpack_from(answer, self.records_at + i * _BUFFER.size) for i in range(len(self.data_at))]
         return [Guarded(self.buffers.name(i), address, size) for i, (_, size, _, address) in enumerate(records)]
+
+    def shared(self, answer: bytes, size_bytes: int) -> Guarded:
+        """Where the child had ``size_bytes`` of shared memory."""
+        (address,) = _SHARED_ADDRESS.unpack_from(answer, _HEADER.size - _SHARED_ADDRESS.size)
+        return Guarded("shared memory", address, size_bytes)
 
     def write_back(self, answer: bytes) -> None:
         """Copies the buffers of a run that went well into the caller's tensors."""

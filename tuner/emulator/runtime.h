@@ -5,9 +5,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <vector>
 
 #include "emulate.h"
+#include "sanitizer.h"
 
 namespace wph {
 
@@ -26,19 +28,32 @@ struct AsyncCopy {
     int bytes, valid, line;
 };
 
+// Tokens are chars that stay where they are: see happens_before().
+struct CopyGroup {
+    std::size_t copies = 0;
+    char landed;
+};
+
 struct Lane {
     Warp *warp = nullptr;
     unsigned index = 0;   // within the warp
     unsigned thread = 0;  // within the CTA
     bool started = false;
-    unsigned char *stack = nullptr;
-    void *fake_stack = nullptr;  // belongs to AddressSanitizer
+    Fiber fiber;
     jmp_buf context;
     ucontext_t first_context;
     const char *waits_at = nullptr;  // what the lane is parked in, and the line of the kernel
     int line = 0;
-    std::vector<AsyncCopy> copies;    // in the order of issue
-    std::vector<std::size_t> groups;  // for each committed group, copies.size() at its commit
+    std::vector<AsyncCopy> copies;                            // in the order of issue
+    std::deque<CopyGroup> groups = std::deque<CopyGroup>(1);  // the last one is not committed yet
+};
+
+// Tokens of lanes that meet, even and odd times apart: the first may come again before the last have left.
+struct Meeting {
+    unsigned completed = 0;
+    char tokens[2];
+    const char *now() const { return &tokens[completed % 2]; }
+    const char *before() const { return &tokens[(completed + 1) % 2]; }
 };
 
 struct Warp {
@@ -48,6 +63,7 @@ struct Warp {
     const char *collective = nullptr;             // what the arrived lanes wait at
     int line = 0;
     std::uint64_t priority = 0;
+    Meeting meeting;
     std::uint32_t in[kLanes][10];
     std::uint32_t out[kLanes][4];
     Lane lanes[kLanes];
@@ -56,6 +72,7 @@ struct Warp {
 struct NamedBarrier {
     int threads = 0, arrived = 0, line = 0;
     std::vector<Warp *> waiting;
+    Meeting meeting;
 };
 
 struct BulkCopy {
@@ -70,15 +87,17 @@ struct PhaseBarrier {
     long long bytes;     // expected minus copied in the current phase
     unsigned phase;      // number of completed phases
     std::vector<Lane *> waiting;
+    char tokens[2];      // of even and odd phases
 };
 
 struct Cta {
     bool live = false;
     uint3 index{};
     unsigned lanes_left = 0;
+    Meeting end;  // of its lanes: the slot's next CTA uses their stacks
     std::vector<Warp> warps;
     NamedBarrier barriers[16];
-    std::vector<PhaseBarrier> phases;
+    std::deque<PhaseBarrier> phases;
     std::vector<BulkCopy> bulk;
     std::vector<unsigned char> shared;  // its shared memory while another CTA has the arena
 };

@@ -1,6 +1,5 @@
 // Fibers: one per lane. A parked lane jumps straight to the next ready one; nothing runs in parallel.
 #include <dlfcn.h>
-#include <sanitizer/common_interface_defs.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -22,8 +21,8 @@ Lane *current = nullptr;
 
 namespace {
 
-// AddressSanitizer's own longjmp forgets the poison of the stack it leaves; the C library's keeps it, and the fiber
-// annotations tell the sanitizer all it needs.
+// A sanitizer's own longjmp forgets what it knows of the stack it leaves; the C library's keeps it, and leave() and
+// arrive() tell the sanitizer all it needs.
 using Jump = void (*)(jmp_buf, int);
 Jump jump = nullptr;
 
@@ -34,8 +33,6 @@ std::vector<unsigned> order;
 std::size_t next_cta = 0;
 std::uint64_t random_state = 0;
 Lane main_lane;
-const void *main_stack = nullptr;
-std::size_t main_stack_bytes = 0;
 
 void find_jump() {
     if (jump) return;
@@ -48,10 +45,12 @@ void find_jump() {
 void finish_lane();
 
 void run_lane() {
-    __sanitizer_finish_switch_fiber(nullptr, main_stack ? nullptr : &main_stack,
-                                    main_stack ? nullptr : &main_stack_bytes);
+    arrive(current->fiber);
     for (;;) {
+        const Meeting &end = current->warp->cta->end;
+        happens_after(end.before());
         plan->entry->call(plan->entry->kernel, plan->params);
+        happens_before(end.now());
         finish_lane();
     }
 }
@@ -70,13 +69,12 @@ void enter(Lane &lane) {
     current = &lane;
     if (left == &lane) return;
     if (_setjmp(left->context) == 0) {
-        const void *stack = lane.warp ? lane.stack : main_stack;
-        __sanitizer_start_switch_fiber(&left->fake_stack, stack, lane.warp ? kStackBytes : main_stack_bytes);
+        leave(left->fiber, lane.fiber);
         if (lane.started) jump(lane.context, 1);
         lane.started = true;
         setcontext(&lane.first_context);
     }
-    __sanitizer_finish_switch_fiber(current->fake_stack, nullptr, nullptr);
+    arrive(current->fiber);
 }
 
 void map_shared(Cta &cta) {
@@ -86,6 +84,7 @@ void map_shared(Cta &cta) {
         mapped->shared.resize(bytes);
         std::memcpy(mapped->shared.data(), shared_begin(), bytes);
     }
+    if (bytes) forget(shared_begin(), bytes);
     if (cta.shared.size() == bytes && bytes) {
         std::memcpy(shared_begin(), cta.shared.data(), bytes);
     } else if (bytes) {
@@ -112,7 +111,7 @@ bool begin_cta(Cta &cta) {
         warp.priority = random_word();
         for (Lane &lane : warp.lanes) {
             lane.copies.clear();
-            lane.groups.clear();
+            lane.groups.assign(1, {});
         }
     }
     if (mapped == &cta) mapped = nullptr;
@@ -221,13 +220,15 @@ void finish_lane() {
     }
     warp.exited |= 1u << lane.index;
     Cta &cta = *warp.cta;
-    if (--cta.lanes_left == 0) {
+    const bool ended = --cta.lanes_left == 0;
+    if (ended) {
         if (!cta.bulk.empty()) {
             fail(cta.bulk[0].copy.line, "the CTA exits while a bulk_copy (line %d) is in flight", cta.bulk[0].copy.line);
         }
         cta.live = false;
+        ++cta.end.completed;
     }
-    give_way(false);
+    give_way(ended && spreads_ctas);
 }
 
 void make_fibers(Cta &cta) {
@@ -244,10 +245,13 @@ void make_fibers(Cta &cta) {
             // The page below stays without access: a stack overflow ends there.
             void *memory = mmap(nullptr, kStackBytes + page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
             if (memory == MAP_FAILED) fail(0, "no memory for the stacks of %u threads", plan->block);
-            lane.stack = static_cast<unsigned char *>(memory) + page;
-            mprotect(lane.stack, kStackBytes, PROT_READ | PROT_WRITE);
+            unsigned char *stack = static_cast<unsigned char *>(memory) + page;
+            mprotect(stack, kStackBytes, PROT_READ | PROT_WRITE);
+            lane.fiber.stack = stack;
+            lane.fiber.stack_bytes = kStackBytes;
+            create(lane.fiber);
             getcontext(&lane.first_context);
-            lane.first_context.uc_stack.ss_sp = lane.stack;
+            lane.first_context.uc_stack.ss_sp = stack;
             lane.first_context.uc_stack.ss_size = kStackBytes;
             lane.first_context.uc_link = nullptr;
             makecontext(&lane.first_context, run_lane, 0);
@@ -259,7 +263,10 @@ void free_fibers() {
     const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
     for (Cta &cta : ctas) {
         for (Warp &warp : cta.warps) {
-            for (Lane &lane : warp.lanes) munmap(lane.stack - page, kStackBytes + page);
+            for (Lane &lane : warp.lanes) {
+                destroy(lane.fiber);
+                munmap(lane.fiber.stack - page, kStackBytes + page);
+            }
         }
     }
     ctas.clear();
@@ -321,6 +328,7 @@ void run_launch(const LaunchPlan &launch) {
     main_lane.started = true;
     current = &main_lane;
     give_way(false);
+    for (const Cta &cta : ctas) happens_after(cta.end.before());
     free_fibers();
 }
 
