@@ -38,10 +38,10 @@ class Faulty(Analytic):
 
 
 def test_failures_are_recorded_and_kill_nothing(tmp_path: Path) -> None:
-    result, _, events = search(tmp_path, Faulty(tmp_path), trials=12)
+    result, _, events = search(tmp_path, Faulty(tmp_path), trials=20)
     failures = dict(result.progress.failures)
     failures.pop("constraint", None)
-    assert result.progress.done == 12 and len(failures) >= 3
+    assert result.progress.done == 20 and len(failures) >= 3
     study = open_study(request_for(tmp_path), "analytic")
     recorded = [t.user_attrs["failure"]["kind"] for t in study.trials if "failure" in t.user_attrs]
     assert sorted(recorded) == sorted(e.failure.kind for e in events if e.failure)
