@@ -10,9 +10,11 @@ import emulated
 import numpy as np
 import pytest
 import torch
+from command_line import make_table
 from emulated import emulate_decode, emulate_dequant, emulate_store, needs_gxx, worst_head_error
 from emulated_sources import run_primitive, source
 
+from benchmarks import races
 from tuner.check_store import store_case
 from tuner.emulate import EmulationError, Launch, compile_many, compile_source, emulate
 from tuner.reference import Case, synthetic_cache
@@ -222,3 +224,15 @@ def test_a_kernel_without_one_of_its_barriers_races(root, monkeypatch, config, b
     where, lines = raced(caught.value)
     assert re.match(space, where)
     assert any(text in line for line in lines.values())
+
+
+def test_the_command_over_tables_says_what_it_finds(root, tmp_path, capsys, monkeypatch):
+    make_table(tmp_path)
+    options = ["--tables", str(tmp_path), "--root", str(root)]
+    assert races.run(races.parser().parse_args(options)) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1 without a race, 0 with one"
+    mutant = re.sub(r"(publish_stats\(.*\);\s*)sync_cta\(\);", r"\1", render(decode(FORMAT, 128, 4)).text)
+    monkeypatch.setattr(emulated, "render", lambda _: SimpleNamespace(text=mutant))
+    monkeypatch.setattr(races, "emulate_decode", emulate_decode)
+    assert races.run(races.parser().parse_args(options)) == 1
+    assert "data race in shared memory" in capsys.readouterr().out
