@@ -53,16 +53,38 @@ def test_winner_only_where_the_interval_excludes_one() -> None:
     assert declare_winner({"only": [1.0]}, ["only"]) == ("only", False)
 
 
-def test_few_rounds_tell_nothing() -> None:
-    """Of identical kernels the more complex one must not win more often than the interval allows."""
-    for pairs in (2, 3, LEAST_PAIRS - 1):
-        assert declare_winner({"a": [100.0] * pairs, "b": [50.0] * pairs}, ["a", "b"]) == ("a", True)
-    for pairs in (LEAST_PAIRS, 8, 16):
+def test_of_identical_kernels_the_simpler_one_stands() -> None:
+    """The more complex one must not win more often than the interval allows, however few rounds there were."""
+    for pairs in (1, 2, 3, LEAST_PAIRS - 1, LEAST_PAIRS, 8, 16):
         wins = sum(
             declare_winner({"a": noisy(100, pairs, 2 * i), "b": noisy(100, pairs, 2 * i + 1)}, ["a", "b"])[0] == "b"
             for i in range(400)
         )
         assert wins / 400 <= 0.06, pairs
+
+
+def test_few_rounds_tell_a_plain_difference_and_no_small_one() -> None:
+    for pairs in (1, 2, LEAST_PAIRS - 1):
+        slow = noisy(100, pairs, 1, 0.002)
+        assert declare_winner({"a": slow, "b": [t * 0.97 for t in slow]}, ["a", "b"]) == ("a", True)
+        assert declare_winner({"a": slow, "b": [t * 0.80 for t in slow]}, ["a", "b"]) == ("b", False)
+
+
+@pytest.mark.parametrize(("ratio", "rounds"), [(6, 6), (20, 16), (100, 16)])
+def test_a_far_slower_kernel_that_sits_rounds_out_never_wins(ratio: float, rounds: int) -> None:
+    turns = Turns({"simple": 20.0 * ratio, "fast": 20.0})
+    times: dict[str, list[float | None]] = {"simple": [], "fast": []}
+    for number in range(rounds):
+        ran = turns.in_round(number)
+        for name, us in (("simple", 20.0 * ratio), ("fast", 20.0)):
+            times[name].append(us if name in ran else None)
+    assert declare_winner(times, ["simple", "fast"]) == ("fast", False)
+
+
+def test_contestants_that_never_met_are_told_by_their_medians() -> None:
+    apart: dict[str, list[float | None]] = {"a": [100.0, None, 101.0, None], "b": [None, 80.0, None, 80.5]}
+    assert declare_winner(apart, ["a", "b"]) == ("b", False)
+    assert declare_winner({"a": apart["a"], "b": [None, 98.0, None, 98.5]}, ["a", "b"]) == ("a", True)
 
 
 def test_rounds_that_one_sat_out_do_not_count() -> None:

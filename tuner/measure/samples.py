@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 FailureKind = Literal["crash", "timeout", "wrong result", "resource", "error"]
 CONFIDENCE = 0.95
 LEAST_PAIRS = 6
-"""Rounds without which no difference is told: of five, all fall on one side by chance in one case of 16."""
+"""Rounds without which no small difference is told: of five, all fall on one side by chance in one case of 16."""
+FEW_PAIRS_RATIO = 0.95
+"""Of two calls, over fewer rounds than that: what noise of a few percent does not do."""
 RESAMPLES = 1000
 
 
@@ -70,8 +72,7 @@ def paired_ratio(a_us: Times, b_us: Times, *, seed: int = 0) -> tuple[float, flo
 
     Below 1 means that a is faster.
     """
-    pairs = [(a, b) for a, b in zip(a_us, b_us, strict=True) if a is not None and b is not None]
-    ratios = np.array([a / b for a, b in pairs], dtype=np.float64)
+    ratios = _ratios(a_us, b_us)
     low, high = _interval(np.median(_resample(ratios, seed), axis=1))
     return float(np.median(ratios)), low, high
 
@@ -79,15 +80,33 @@ def paired_ratio(a_us: Times, b_us: Times, *, seed: int = 0) -> tuple[float, flo
 def declare_winner(rounds_us: Mapping[str, Times], simplicity: Sequence[str]) -> tuple[str, bool]:
     """(winner, is a tie). ``rounds_us``: paired times per contestant; ``simplicity``: names, simplest first.
 
-    The contestant with the least median wins if the interval of its paired ratio to every simpler one excludes 1, over
-    at least LEAST_PAIRS rounds; otherwise the simplest of those that it cannot be told from stands, and it is a tie.
+    The contestant with the least median wins if it is faster than every simpler one: if the interval of their paired
+    ratio excludes 1, and over fewer than LEAST_PAIRS rounds by a margin besides. Otherwise the simplest of those that
+    it cannot be told from stands, and it is a tie.
     """
-    fastest = min(simplicity, key=lambda name: float(np.median([t for t in rounds_us[name] if t is not None])))
+    fastest = min(simplicity, key=lambda name: _median(rounds_us[name]))
     for simpler in simplicity[: simplicity.index(fastest)]:
-        pairs = [p for p in zip(rounds_us[fastest], rounds_us[simpler], strict=True) if None not in p]
-        if len(pairs) < LEAST_PAIRS or paired_ratio(rounds_us[fastest], rounds_us[simpler])[2] >= 1.0:
+        if not _is_faster(rounds_us[fastest], rounds_us[simpler]):
             return simpler, True
     return fastest, False
+
+
+def _is_faster(a_us: Times, b_us: Times) -> bool:
+    pairs = len(_ratios(a_us, b_us))
+    if not pairs:  # the rounds that they shared were throttled
+        return _median(a_us) / _median(b_us) < FEW_PAIRS_RATIO
+    ratio, _, high = paired_ratio(a_us, b_us)
+    return high < 1.0 and (pairs >= LEAST_PAIRS or ratio < FEW_PAIRS_RATIO)
+
+
+def _median(times_us: Times) -> float:
+    return float(np.median([t for t in times_us if t is not None]))
+
+
+def _ratios(a_us: Times, b_us: Times) -> NDArray[np.float64]:
+    """a/b [rounds that both ran in]."""
+    pairs = [(a, b) for a, b in zip(a_us, b_us, strict=True) if a is not None and b is not None]
+    return np.array([a / b for a, b in pairs], dtype=np.float64)
 
 
 def _resample(values: NDArray[np.float64], seed: int = 0) -> NDArray[np.float64]:
