@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
+import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tuner.errors import TunerError, UsageError
 from tuner.targets import Target, attached
+
+_STOP_S = 15.0
+"""Time that a command gets to end after it was interrupted."""
 
 
 def attached_gpu(index: int) -> Target:
@@ -33,6 +40,29 @@ def write_record(path: Path, device: str, driver: str | None, found: Mapping[str
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(origin | dict(found), indent=1) + "\n")
+
+
+def run_bounded(
+    words: Sequence[str], log: IO[str], limit_s: float, *, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> int | None:
+    """Exit status of a command whose output goes to ``log``; None where it had to be ended after ``limit_s``.
+
+    It is interrupted first, as by Ctrl-C, and killed with what it started where that does not end it: nothing is left
+    on the GPU. An interrupt of the caller is passed on in the same way.
+    """
+    child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=cwd, env=env, process_group=0)
+    try:
+        return child.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_STOP_S)
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def ended(run: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser) -> int:

@@ -13,7 +13,6 @@ import argparse
 import json
 import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -23,9 +22,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.command import attached_gpu, ended  # noqa: E402
+from benchmarks.command import attached_gpu, ended, run_bounded  # noqa: E402
 from tuner.errors import TunerError, UsageError  # noqa: E402
-from tuner.space import Config  # noqa: E402
 from tuner.table import Kernel, Table, read, read_cubin  # noqa: E402
 from tuner.table.install import TABLE_PATTERN  # noqa: E402
 from tuner.table.store import PACKAGE_TABLES  # noqa: E402
@@ -75,9 +73,10 @@ def summary(text: str) -> str:
 def gate(config: str, cubin: str, kv_heads: str) -> int:
     """The child: the gate's smallest cases, on the GPU."""
     from tuner.measure.child import Child
+    from tuner.measure.parent import end_with_parent
 
+    end_with_parent()
     request = {"config": json.loads(config), "cubin": cubin, "level": "tiny", "kv_heads": int(kv_heads)}
-    Config.from_dict(request["config"])
     answer = Child(0, 16, None, 0).check(request)
     print(answer)
     return 0 if isinstance(answer, dict) else 1
@@ -105,10 +104,9 @@ def run(args: argparse.Namespace) -> int:
         log = args.work / f"{subject.kernel.id}-{tool}.log"
         words = command(tool, sanitizer, subject)
         with log.open("w") as file:
-            try:
-                status = subprocess.run(words, stdout=file, stderr=file, timeout=left).returncode
-            except subprocess.TimeoutExpired:
-                break
+            status = run_bounded(words, file, left)
+        if status is None:
+            break
         done += 1
         clean += status == 0
         word = "clean" if status == 0 else "FOUND"

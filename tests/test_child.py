@@ -243,7 +243,7 @@ def test_throttling_is_relative_to_the_usual_clock() -> None:
 
 def test_the_child_ends_with_its_parent(tmp_path: Path) -> None:
     """Even one that reads no more, as where a kernel hangs."""
-    child = "from tuner.measure import child; child.end_with_parent(); print('up', flush=True); child.time.sleep(60)"
+    child = "from tuner.measure import parent; parent.end_with_parent(); print('up', flush=True); parent.time.sleep(60)"
     parent = (
         "import subprocess, sys; "
         f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE, start_new_session=True); "

@@ -221,6 +221,12 @@ def test_recordings_hold_every_trial(searched: tuple[Path, Done]) -> None:
     assert len(trials) == 4 and all(len(t["timings"]) == 46 for t in trials if t["score"])
 
 
+def test_a_comparison_has_no_recordings(tmp_path: Path) -> None:
+    done = tune("--head-dim", 128, "--arch", "sm_121", "--warps", "2,4", "--recordings", "kept", cwd=tmp_path)
+    assert done.returncode == 2 and "--recordings is given with several --warps" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def test_second_search_compiles_nothing(searched: tuple[Path, Done]) -> None:
     folder, _ = searched
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.cubin") if "tables" not in p.parts}

@@ -16,6 +16,7 @@ from tuner.errors import TunerError
 from tuner.report import terminal
 from tuner.report.layouts import layout_rows
 from tuner.search import Candidate, Failure
+from tuner.search.request import OnEvent, Progress
 from tuner.search.compare import Comparison, compare, comparison_buckets
 from tuner.space import Config
 
@@ -35,10 +36,12 @@ class NoSixteen(Analytic):
     confirmed: list[Config]
 
 
-def compared(root: Path, evaluator: Analytic | None = None, **changes: object) -> tuple[Comparison, Analytic]:
+def compared(
+    root: Path, evaluator: Analytic | None = None, on_event: OnEvent | None = None, **changes: object
+) -> tuple[Comparison, Analytic]:
     evaluator = evaluator or Analytic(root)
     request = replace(request_for(root, restrict={"warps": (1, 4, 8)}, trials=12), **changes)  # type: ignore[arg-type]
-    return compare(request, "warps", None, evaluator), evaluator
+    return compare(request, "warps", on_event, evaluator), evaluator
 
 
 def test_every_value_gets_its_share_and_its_best_kernel_races(tmp_path: Path) -> None:
@@ -67,6 +70,15 @@ def test_the_default_and_the_seeds_layout_come_first_at_every_value(tmp_path: Pa
     for warps in (1, 4, 8):
         first = next(c for c in evaluator.scored() if c["warps"] == warps)
         assert first["load"] == "cp_async" and first["stages"] == 2  # the default configuration but for its warps
+
+
+def test_progress_counts_all_values_together_and_goes_on(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    compared(tmp_path, on_event=lambda e: seen.append(e.progress), trials=9)
+    compared(tmp_path, on_event=lambda e: seen.append(e.progress), trials=12)
+    done = [p.done for p in seen]
+    assert done == sorted(done) and done[0] == 1 and done[-1] == seen[-1].total == 12
+    assert all(p.time_left_s is None or p.time_left_s >= 0 for p in seen)
 
 
 def test_a_value_without_a_kernel_is_named_and_the_full_gate_decides(tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ class Formula:
         self.crashing = crashing
         self.times_s: list[float] = []
         self.checked: list[Path] = []
-        self.wrong = False
+        self.gate: Any = Checked(1e-3, "fine")
 
     def race(self, contestants: Any, shape: Shape, cache_format: str, bucket: Bucket, **options: Any) -> Any:
         names = [c.name for c in contestants]
@@ -251,7 +251,7 @@ class Formula:
 
     def check(self, config: Any, cubin: Path, *, kv_heads: int) -> Any:
         self.checked.append(cubin)
-        return Failure("wrong result", "relative error 0.5") if self.wrong else Checked(1e-3, "fine")
+        return self.gate
 
     def baseline(self, names: list[str], shape: Shape, cache_format: str, buckets: Any) -> Any:
         self.swept += names
@@ -300,14 +300,15 @@ def test_a_peer_that_crashes_costs_only_the_peers(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("all_available")
-def test_a_kernel_is_timed_only_where_it_is_right(tmp_path: Path) -> None:
+@pytest.mark.parametrize("gate", [Failure("wrong result", "relative error 0.5"), Failure("crash", "illegal address")])
+def test_a_kernel_is_timed_only_where_it_is_right(gate: Failure, tmp_path: Path) -> None:
     right = Formula()
     racer(tmp_path / "a", right).run([grid(1, 1024), grid(1, 4096)], lambda r: None)
     assert right.checked and len(right.checked) == len(set(right.checked)), "once per kernel"
     wrong = Formula()
-    wrong.wrong = True
+    wrong.gate = gate
     (found,) = racer(tmp_path / "b", wrong).run([grid(1, 1024)], lambda r: None)
-    assert wrong.asked == [] and found["failures"] == {OURS: "wrong result: relative error 0.5"}
+    assert wrong.asked == [] and found["failures"] == {OURS: f"{gate.kind}: {gate.message}"}
     assert not (tmp_path / "b" / "results.jsonl").exists()
 
 
@@ -371,6 +372,9 @@ def test_predictions_are_judged_from_the_tables(tmp_path: Path) -> None:
     assert len(verdict) == 4 and done.returncode == int(any(v.startswith("MISSED") for v in verdict.values()))
     for name in ("kernels without spills (1", "fits 99 KB of shared memory (times over)"):
         assert verdict[name].startswith("met"), done.stdout
+    measured = subprocess.run([*command[:-1], "sm_90"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert measured.returncode == 2 and "measured: expected a GPU whose tables are predictions" in measured.stderr
+    assert not measured.stdout
     empty = subprocess.run([*command, "--tables", "."], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert empty.returncode == 1 and empty.stdout.count("no table: python tune.py --arch sm_121") == len(SHAPES)
     assert empty.stdout.count("7 without a time of ours") == 4

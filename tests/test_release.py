@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from command_line import ROOT, make_table
 
-from benchmarks import release, sanitize
+from benchmarks import command, release, sanitize
 from benchmarks.release import STEPS, Step, argv, carry_out, chosen, publish
 from tuner.cli.tune import command as tune_command
 from tuner.errors import UsageError
 from tuner.table import read, verify
+from tuner.table.store import FOLDER_VARIABLE
 
 
 def step(name: str, code: str, seconds: float = 60) -> Step:
@@ -38,6 +40,41 @@ def test_time_ends_a_step_and_the_rest(tmp_path: Path, monkeypatch: pytest.Monke
     slow, next_ = step("slow", "import time; time.sleep(60)", seconds=1), step("next", "pass")
     assert carry_out([slow, next_], tmp_path, 20) == ["slow"]
     assert carry_out([slow, step("later", "pass")], tmp_path / "b", 1.2) == ["slow", "later"]
+
+
+def test_what_a_step_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child that ignores interrupts goes too, and one that can clean up has the time to."""
+    monkeypatch.setattr(command, "_STOP_S", 1.0)
+    child = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    code = (
+        f"import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)"
+        "\np.stdout.readline(); print(p.pid, flush=True)"
+        "\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('cleaned up', flush=True)"
+    )
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        assert command.run_bounded([sys.executable, "-c", code], file, 3.0) is None
+    pid, said = log.read_text().split("\n", 1)
+    assert said == "cleaned up\n"
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and lives(int(pid)):
+        time.sleep(0.05)
+    assert not lives(int(pid))
+
+
+def lives(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_benchmarks_run_the_new_tables(tmp_path: Path) -> None:
+    for one in STEPS:
+        folder = release.environment(one, tmp_path).get(FOLDER_VARIABLE)
+        named = str(tmp_path / "tables") in argv(one, tmp_path)
+        tunes_no_table = one.group in ("tests", "layouts")
+        assert named or tunes_no_table or folder == str(tmp_path / "tables"), one.name
 
 
 def test_only_takes_steps_and_groups() -> None:

@@ -95,13 +95,20 @@ def test_workers_share_a_study(tmp_path: Path) -> None:
 def test_recording_replays_elsewhere(tmp_path: Path) -> None:
     result, _, _ = search(tmp_path / "a")
     recording = tmp_path / "trials.json"
-    assert export_study(request_for(tmp_path / "a"), recording, Analytic(tmp_path)) == TRIALS
+    assert export_study(request_for(tmp_path / "a"), recording, result.study_name) == TRIALS
     there = request_for(tmp_path / "b")
     assert import_study(there, recording, Analytic(tmp_path)) == TRIALS
     assert import_study(there, recording, Analytic(tmp_path)) == 0
     replayed, evaluator, _ = search(tmp_path / "b")
     assert evaluator.scored() == []
     assert replayed.table.by_batch_and_context == result.table.by_batch_and_context
+
+
+def test_a_new_run_of_a_study_records_its_own_trials(tmp_path: Path) -> None:
+    search(tmp_path, trials=3)
+    second, _, _ = search(tmp_path, trials=5, resume=False)
+    assert second.study_name.endswith("-run2")
+    assert export_study(request_for(tmp_path), tmp_path / "r.json", second.study_name) == 5
 
 
 @pytest.mark.parametrize(
@@ -210,9 +217,9 @@ def test_storage_that_cannot_be_created(tmp_path: Path) -> None:
 
 
 def test_recordings_are_compact(tmp_path: Path) -> None:
-    search(tmp_path, trials=2)
+    result, _, _ = search(tmp_path, trials=2)
     recording = tmp_path / "r.json"
-    export_study(request_for(tmp_path), recording, Analytic(tmp_path))
+    export_study(request_for(tmp_path), recording, result.study_name)
     trial = json.loads(recording.read_text())["trials"][0]
     assert set(trial["timings"]) == {b.key for b in BUCKETS}
     assert len(json.dumps(trial["timings"])) < 70 * len(BUCKETS) * 2

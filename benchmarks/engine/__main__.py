@@ -7,8 +7,10 @@ from pathlib import Path
 
 from benchmarks.engine.child import run
 from benchmarks.engine.plan import from_dict
+from tuner.measure.parent import end_with_parent
 
 if __name__ == "__main__":
+    end_with_parent()
     specification, checkpoint, out = map(Path, sys.argv[1:])
     run(from_dict(json.loads(specification.read_text())), checkpoint, out)
     sys.stdout.flush()

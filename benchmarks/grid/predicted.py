@@ -10,6 +10,7 @@ from benchmarks.grid.kernels import problem_of
 from benchmarks.grid.points import BF16_LIMIT, FORMAT, Point
 from benchmarks.grid.verdict import Verdict, at_least
 from tuner.baselines import split_name
+from tuner.errors import UsageError
 from tuner.report.rows import geometric_mean
 from tuner.table import Table, find, read, table_file_name
 from tuner.table.schema import Timing
@@ -34,7 +35,7 @@ class Prediction:
 
 
 def tables_of(points: Iterable[Point], folder: Path | None, target: Target) -> dict[Shape, Table | None]:
-    """The table of each shape. Raises TableError for one that cannot be trusted."""
+    """The table of each shape. Raises TableError for one that cannot be trusted, UsageError for a measured one."""
     found: dict[Shape, Table | None] = {}
     for point in points:
         if point.section != "grid" or point.cache_format != FORMAT or point.shape in found:
@@ -44,6 +45,9 @@ def tables_of(points: Iterable[Point], folder: Path | None, target: Target) -> d
         if folder is not None:
             path = folder / table_file_name(problem, target.device_name)
         table = read(path, arch=target.arch) if path is not None and path.is_file() else None
+        if table is not None and table.evidence != "predicted":
+            name = table_file_name(problem, target.device_name)
+            raise UsageError(f"{name} was measured: expected a GPU whose tables are predictions")
         # A prediction is for the heads it was made with.
         found[point.shape] = table if table is not None and table.kv_heads == point.shape.kv_heads else None
     return found

@@ -110,9 +110,10 @@ class Racer:
 
     def _race(self, point: Point, ours: Ours, rivals: Sequence[str], coming: Sequence[Point]) -> Result:
         contestants = [*ours.contestants, *(Contestant(name) for name in rivals)]
-        race = self._wrong(point, ours.contestants) or self._measure(point, contestants, coming)
+        refused = self._refused(point, ours.contestants)
+        race = refused or self._measure(point, contestants, coming)
         failures = {}
-        if isinstance(race, Failure) and race.kind != "wrong result":
+        if isinstance(race, Failure) and refused is None:
             # A peer may be what crashed or hung: ours must have their time.
             failures = {"peers": f"{race.kind}: {race.message}"}
             race = self._measure(point, ours.contestants, coming)
@@ -136,7 +137,7 @@ class Racer:
             "failures": failures | {n: f"{f.kind}: {f.message}" for n, f in race.failures.items()},
         }
 
-    def _wrong(self, point: Point, contestants: Sequence[Contestant]) -> Failure | None:
+    def _refused(self, point: Point, contestants: Sequence[Contestant]) -> Failure | None:
         """What the gate says of our kernels, each asked once."""
         for c in contestants:
             assert c.config is not None and c.cubin is not None

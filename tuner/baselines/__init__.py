@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from tuner.baselines.inputs import (
@@ -105,12 +107,21 @@ def survey(device: Any, problem: Problem) -> tuple[Availability, ...]:
 
 
 def fingerprints() -> dict[str, str]:
-    """Baselines that are somebody else's file and at hand -> the first 16 hex digits of that file's SHA-256."""
+    """Baselines that are somebody else's file, at hand and readable -> the first 16 hex digits of its SHA-256."""
     from tuner.baselines import attention, vllm_triton
 
     fa3 = attention.fa3_library()
     files = {"vllm_triton": vllm_triton.source_file(), "fa3_bf16": fa3, "fa3_fp8": fa3}
-    return {n: hashlib.sha256(f.read_bytes()).hexdigest()[:16] for n, f in files.items() if f is not None}
+    digests = {f: _digest(f) for f in {f for f in files.values() if f is not None}}
+    return {n: digest for n, f in files.items() if f is not None and (digest := digests[f])}
+
+
+@cache
+def _digest(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    except OSError:
+        return None
 
 
 def available(device: Any, problem: Problem) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+import time
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -23,14 +24,17 @@ class Helpers:
         self._devices = devices
         self._processes: list[BaseProcess] = []
 
-    def start(self) -> None:
-        """Starts the processes unless they run; to be called once a first event shows that the study exists."""
+    def start(self, left_s: float) -> None:
+        """Starts the processes unless they run; to be called once a first event shows that the study exists.
+
+        ``left_s``: seconds after which they begin no further trial.
+        """
         if self._processes or not self._devices:
             return
-        context = multiprocessing.get_context("spawn")
+        context, deadline = multiprocessing.get_context("spawn"), time.time() + left_s
         for device in self._devices:
             request = replace(self._request, device=device, output=None, resume=True)
-            process = context.Process(target=_help, args=(request,), daemon=True)
+            process = context.Process(target=_help, args=(request, deadline), daemon=True)
             process.start()
             self._processes.append(process)
 
@@ -45,12 +49,15 @@ class Helpers:
             process.join()
 
 
-def _help(request: TuneRequest) -> None:
+def _help(request: TuneRequest, deadline: float) -> None:
     from tuner.errors import TunerError
     from tuner.search import work
 
+    left_s = deadline - time.time()  # this process has taken seconds to start
+    if left_s <= 0:
+        return
     try:
-        work(request)
+        work(replace(request, timeout_s=left_s))
     except TunerError as error:
         sys.exit(f"GPU {request.device} stops helping: {error}")
 

@@ -101,6 +101,8 @@ def command(
     requests = read_requests(workload, **options)
     helpers = (options["gpus"] or ())[1:]
     output: Path = options["output"]
+    if recordings is not None and compares(options["op"], options["warps"]):
+        raise UsageError("--recordings is given with several --warps: expected one at most, a comparison keeps its own")
     for folder in (output, *([recordings] if recordings else [])):
         ensure_writable(folder)
 
@@ -124,7 +126,7 @@ def command(
             continue
         result = _search(out, request, helpers)
         if recordings is not None:
-            export_study(request, recordings / f"{result.study_name}.json")
+            export_study(request, recordings / f"{result.study_name}.json", result.study_name)
         out.print(terminal.winners(result.table))
         out.print(terminal.kernels(result.table))
         for line in terminal.summary(result.table):
@@ -227,7 +229,7 @@ def _search(out: Console, request: TuneRequest, more_gpus: tuple[int, ...]) -> T
     with ProgressView(out) as view, Helpers(request, more_gpus) as helpers:
 
         def on_event(event: Any) -> None:
-            helpers.start()
+            helpers.start(search_s - event.progress.elapsed_s)
             view(event)
 
         return tune(request, on_event)

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from tuner.geometry import split_candidates
 from tuner.kernels import device_arch
 from tuner.launch import DecodeCall, DequantCall, LoadedKernel, ResourceError, Workspace
 from tuner.measure.measurer import FIRST_STEP
+from tuner.measure.parent import end_with_parent
 from tuner.measure.peer import vllm_errors
 from tuner.measure.pool import Pool
 from tuner.measure.samples import Failure
@@ -45,22 +45,6 @@ PREPARING = 0.6
 """Share of a race's time after which no further contestant is prepared."""
 _CHECK_SPLITS = (1, 3, 16)
 _LOST_CONTEXT = 3
-_LOST_PARENT = 4
-
-
-_PARENT_CHECK_S = 1.0
-
-
-def end_with_parent() -> None:
-    """Ends this process once its parent is gone: a kernel that hangs would else keep the GPU for good."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_CHECK_S)
-        os._exit(_LOST_PARENT)
-
-    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 class Child:

@@ -18,6 +18,7 @@ from tuner.search.request import Failure, OnEvent, TuneRequest
 from tuner.search.run import Search
 from tuner.search.study import check_request, evaluator_for
 from tuner.space.core import Value
+from tuner.table.schema import provenance_json
 from tuner.targets import device_slug
 from tuner.workload import Bucket
 
@@ -65,7 +66,7 @@ class Comparison:
             "kv_heads": r.shape.kv_heads,
             "evidence": r.evidence,
             "device": asdict(device_of(r)),
-            "provenance": asdict(provenance_of(r)),
+            "provenance": provenance_json(provenance_of(r)),
             "limits_us": dict(self.limits_us),
             "baselines_us": {b: dict(times) for b, times in self.baselines_us.items()},
             "raced": list(self.raced),

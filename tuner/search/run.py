@@ -261,11 +261,11 @@ class Search:
             self.tracker.trial(config, record.score, failure, self._finished())
 
     def _finished(self) -> int:
-        """Trials that count, of all workers."""
+        """Trials that count, of all workers and scopes."""
         from optuna.trial import TrialState
 
         states = (TrialState.COMPLETE, TrialState.PRUNED)
-        return sum(map(self._in_scope, self.study.get_trials(deepcopy=False, states=states)))
+        return len(self.study.get_trials(deepcopy=False, states=states))
 
     def _record(self, number: int, config: Config, result: Candidate | Failure) -> Record:
         """Times what was built. Whatever goes wrong with one kernel is that kernel's failure and no one else's."""

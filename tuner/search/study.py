@@ -54,13 +54,16 @@ def work(request: TuneRequest, evaluator: Evaluator | None = None) -> None:
         Search.open(request, None, evaluator).run()
 
 
-def export_study(request: TuneRequest, path: Path, evaluator: Evaluator | None = None) -> int:
-    """Writes the study's trials as JSON, for replay on another machine; returns how many."""
-    from tuner.search import records
-    from tuner.search.storage import open_study
+def export_study(request: TuneRequest, path: Path, name: str) -> int:
+    """Writes the trials of the study ``name`` (``TuneResult.study_name``) as JSON; returns how many."""
+    import optuna
 
-    space = get_space(request.problem.op)
-    study = open_study(replace(request, resume=True), _fingerprint(request, evaluator))
+    from tuner.search import records
+    from tuner.search.storage import open_storage, storage_errors, storage_url
+
+    space, url = get_space(request.problem.op), storage_url(request)
+    with storage_errors(url):
+        study = optuna.load_study(study_name=name, storage=open_storage(url))
     return records.save(path, study.study_name, records.records(study, request.problem, space))
 
 

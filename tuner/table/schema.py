@@ -192,7 +192,7 @@ def to_json(table: Table) -> dict[str, Any]:
         "kv_heads": table.kv_heads,
         "device": asdict(table.device),
         "evidence": table.evidence,
-        "provenance": _provenance_json(table.provenance),
+        "provenance": provenance_json(table.provenance),
         "kernels": {k.id: _kernel_json(k) for k in table.kernels},
         "by_batch": {
             str(e.batch): _choice_json(e)
@@ -252,7 +252,8 @@ def _runner_up(data: Mapping[str, Any] | None) -> RunnerUp | None:
     return None if data is None else RunnerUp(**{**data, "params": tuple(data["params"].items())})
 
 
-def _provenance_json(provenance: Provenance) -> dict[str, Any]:
+def provenance_json(provenance: Provenance) -> dict[str, Any]:
+    """As tables and comparisons keep it."""
     data = asdict(provenance) | {"history": list(provenance.history), "peers": dict(provenance.peers)}
     return {name: value for name, value in data.items() if name != "peers" or value}
 
