@@ -16,8 +16,8 @@ from tuner.errors import TunerError
 from tuner.report import terminal
 from tuner.report.layouts import layout_rows
 from tuner.search import Candidate, Failure
-from tuner.search.request import OnEvent, Progress
 from tuner.search.compare import Comparison, compare, comparison_buckets
+from tuner.search.request import OnEvent, Progress
 from tuner.space import Config
 
 

@@ -20,6 +20,9 @@ from tuner.space.core import Value
 from tuner.space.decode import direct_variant
 from tuner.space.plan import DecodePlan
 from tuner.suits import suited
+from tuner.table import read
+from tuner.table.install import TABLE_PATTERN
+from tuner.table.store import PACKAGE_TABLES
 from tuner.targets import get_target
 
 SPACE = get_space("decode")
@@ -100,6 +103,18 @@ def test_agrees_with_the_reference(index: int) -> None:
     config = matrix()[index]
     dtype = torch.float16 if index % 5 == 4 else torch.bfloat16
     check(config, small_case(config, query_dtype=dtype, seed=index), seed=index)
+
+
+def measured_kernels() -> list[Config]:
+    """Of the package's tables, those that a GPU was timed with; the search may no longer allow them."""
+    tables = (read(path) for path in sorted(PACKAGE_TABLES.glob(TABLE_PATTERN)))
+    measured = [t for t in tables if t.evidence == "measured" and t.problem.op == "decode"]
+    return [k.config(t.problem) for t in measured for k in t.kernels]
+
+
+@pytest.mark.parametrize("config", measured_kernels(), ids=Config.describe)
+def test_what_the_package_ships_as_measured_agrees_with_the_reference(config: Config) -> None:
+    check(config, small_case(config, (0, 1, 70, 300)))
 
 
 @pytest.mark.parametrize("name", FORMATS)
