@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 PROGRAM = """
 import signal, time, weakref
-from tuner.cli.interrupts import keep_interrupts
+from tuner.interrupts import keep_interrupts
 
 class Thing: pass
 
@@ -47,7 +48,7 @@ def test_it_is_raised_again_and_nothing_is_reported(times: int) -> None:
 
 def test_other_ignored_exceptions_are_reported() -> None:
     program = """
-from tuner.cli.interrupts import keep_interrupts
+from tuner.interrupts import keep_interrupts
 class Thing:
     def __del__(self): raise ValueError("seen")
 keep_interrupts()
@@ -55,3 +56,65 @@ del (thing := [Thing()])[0]
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert "ValueError: seen" in done.stderr
+
+
+def test_it_waits_for_calls_that_must_be_whole_but_not_for_ever() -> None:
+    program = """
+import signal, sys, time, types
+from tuner import interrupts
+interrupts.keep_interrupts()
+interrupts.put_off_within("whole")
+whole = types.ModuleType("whole.part")
+exec('''
+import time
+def take(seconds, then):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+    then.append("done")
+''', whole.__dict__)
+for seconds in (0.1, 60):
+    happened, start = [], time.monotonic()
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)  # arrives within
+        whole.take(seconds, happened)
+        time.sleep(5)
+    except KeyboardInterrupt:
+        print(happened, 0.02 < time.monotonic() - start < interrupts.LONGEST_S + 1)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines() == ["['done'] True", "[] True"] and done.stderr == ""
+
+
+def test_interrupts_leave_the_storage_usable(tmp_path: Path) -> None:
+    """At any moment of a search; a database that an interrupt left locked would not answer for a minute."""
+    program = f"""
+import random, signal, time
+import optuna
+from optuna.distributions import IntDistribution
+from tuner.interrupts import keep_interrupts
+from tuner.search.storage import abandon, open_storage
+
+keep_interrupts()
+signal.signal(signal.SIGVTALRM, lambda signum, frame: signal.raise_signal(signal.SIGINT))
+rng, came, slowest = random.Random(0), 0, 0.0
+study = optuna.create_study(storage=open_storage("sqlite:///{tmp_path}/study.db"))
+for _ in range(120):
+    opened = []
+    signal.setitimer(signal.ITIMER_VIRTUAL, rng.uniform(0.001, 0.05))
+    try:
+        while True:
+            opened.append(study.ask({{"x": IntDistribution(0, 100)}}))
+            study.get_trials(deepcopy=False)
+            if len(opened) > 3:
+                study.tell(opened.pop(0), 1.0)
+    except KeyboardInterrupt:
+        came += 1
+    start = time.monotonic()
+    for trial in opened:
+        abandon(study, trial.number, {{}}, retry=False)
+    slowest = max(slowest, time.monotonic() - start)
+print(came, slowest < 20)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "120 True\n" and done.stderr == ""

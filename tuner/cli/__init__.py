@@ -13,8 +13,8 @@ from typing import NoReturn
 import click
 
 from tuner.cli.group import cli
-from tuner.cli.interrupts import keep_interrupts
 from tuner.errors import TunerError
+from tuner.interrupts import keep_interrupts
 
 EXIT_INTERRUPTED = 130
 

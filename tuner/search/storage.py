@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tuner.errors import TunerError, UsageError
+from tuner.interrupts import put_off_within
 from tuner.search.request import TuneRequest
 from tuner.space import get_space
 
@@ -79,6 +80,7 @@ def open_storage(url: str) -> RDBStorage:
         raise TunerError(f"storage {shown} did not answer within {ANSWER_S:.0f} s; check --storage")
     if isinstance(outcome[0], Exception):
         raise _storage_error(outcome[0], shown)
+    put_off_within("optuna.storages")
     return outcome[0]
 
 
