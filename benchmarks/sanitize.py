@@ -3,8 +3,8 @@
     python benchmarks/sanitize.py --tables build/tables                  # all that are for the attached GPU
     python benchmarks/sanitize.py --tools memcheck --timeout 300         # what fits; without --tables: the package's
 
-One line per kernel and tool; the tool's whole output is kept in --work. Ends with 1 where a tool reports anything, or
-where a kernel was left out for want of time. Some ten seconds per line (never run yet).
+One line per kernel and tool, --jobs of them at a time; the tool's whole output is kept in --work. Ends with 1 where a
+tool reports anything, or where a kernel was left out for want of time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,21 +97,23 @@ def run(args: argparse.Namespace) -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     asked = [(s, t) for s in subjects(args.tables, target.arch) for t in tools]
     deadline = time.monotonic() + args.timeout
-    clean = done = 0
-    for subject, tool in asked:
+
+    def examine(subject: Subject, tool: str) -> int | None:
+        """Exit status of the tool; None where the time was over."""
         left = deadline - time.monotonic()
         if left <= 0:
-            break
+            return None
         log = args.work / f"{subject.kernel.id}-{tool}.log"
-        words = command(tool, sanitizer, subject)
         with log.open("w") as file:
-            status = run_bounded(words, file, left)
-        if status is None:
-            break
-        done += 1
-        clean += status == 0
-        word = "clean" if status == 0 else "FOUND"
-        print(f"{word} {tool:9} {subject.name}: {summary(log.read_text())}", flush=True)
+            status = run_bounded(command(tool, sanitizer, subject), file, left)
+        if status is not None:
+            word = "clean" if status == 0 else "FOUND"
+            print(f"{word} {tool:9} {subject.name}: {summary(log.read_text())}", flush=True)
+        return status
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = [f.result() for f in [pool.submit(examine, *a) for a in asked]]
+    done, clean = sum(status is not None for status in found), found.count(0)
     print(f"{clean} of {done} clean; {len(asked) - done} not run; logs in {args.work}")
     return 0 if clean == len(asked) else 1
 
@@ -120,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tables", type=Path, default=PACKAGE_TABLES, help="folder of tables (the package's)")
     made.add_argument("--tools", default=",".join(TOOLS), help=f"list (default: {','.join(TOOLS)})")
     made.add_argument("--timeout", type=float, default=600.0, help="seconds for all (600)")
+    made.add_argument("--jobs", type=int, default=4, help="programs at a time (4)")
     made.add_argument("--work", type=Path, default=Path("build/sanitize"), help="where logs go")
     made.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import pytest
 def pytest_xdist_auto_num_workers() -> int | None:
     """One process where there is a GPU, since tests time kernels on it; else None: as many as cores."""
     return 1 if Path("/dev/nvidiactl").exists() else None
+
+
+def pytest_configure() -> None:
+    """A shell starts what runs in the background with SIGINT ignored, and so would every process of a test be."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

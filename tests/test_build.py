@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -147,6 +148,20 @@ def test_two_builders_of_the_same_sources(tmp_path: Path, compiler_runs: Path) -
     rivals = [start(tmp_path / "b", 4) for _ in range(2)]
     assert [r.communicate()[0].strip() for r in rivals] == ["4", "4"]
     assert runs(compiler_runs) == 4
+
+
+def test_a_cancelled_build_ends_its_compilers(tmp_path: Path, compiler_runs: Path) -> None:
+    cancel, sources = threading.Event(), [tiny(n) for n in range(40)]
+    timer = threading.Timer(2.0, cancel.set)
+    timer.start()
+    start_s = time.monotonic()
+    with pytest.raises(TunerError, match="cancelled with"):
+        build(sources, ["sm_90"], root=tmp_path, jobs=2, cancel=cancel)
+    begun = runs(compiler_runs)
+    assert 0 < begun < len(sources) and not list((tmp_path / "staging").glob("graph-*"))
+    with pytest.raises(TunerError, match="cancelled with"):  # nor does it begin others
+        build(sources, ["sm_90"], root=tmp_path, jobs=2, cancel=cancel)
+    assert time.monotonic() - start_s < 15 and runs(compiler_runs) <= begun + 2
 
 
 def test_timeout_is_reported_and_tried_again(tmp_path: Path, compiler_runs: Path) -> None:

@@ -132,6 +132,7 @@ def test_a_damaged_cubin_hands_everything_back(problem: Problem, tmp_path: Path)
     case = case_of(problem)
     layer = Layer(LayerFacts(problem.head_dim, 4 * problem.gqa, 4, problem.cache_format, case.scale))
     on_gpu = case.to("cuda")
+    layer.prepare(on_gpu.query.device, "test", max(LENGTHS))
     out = layer.decode(on_gpu.query, on_gpu.kv_cache, on_gpu.block_table, on_gpu.seq_lens, on_gpu.codec.centroids, 9)
     assert out is None and "not what" in (layer.reason or "")
 
@@ -166,5 +167,7 @@ def test_a_cache_beyond_4_gib(problem: Problem) -> None:
     assert cache.numel() > 1 << 32
     case = replace(case, kv_cache=cache, block_table=table)
     layer = Layer(LayerFacts(problem.head_dim, kv_heads * problem.gqa, kv_heads, problem.cache_format, case.scale))
+    layer.prepare(cache.device, "test", tokens)
+    layer.reserve(len(starts), torch.bfloat16)
     expected, out = case.expected(), decode(layer, case, tokens).double()
     assert float(((out - expected).norm(dim=-1) / expected.norm(dim=-1)).max()) <= TOLERANCE

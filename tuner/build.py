@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from tuner.render import Source
 from tuner.targets import get_target
 
 NVCC_FLAGS = ("-std=c++17", "-O3", "-cubin", "-Xptxas", "-v")
+_CANCEL_CHECK_S = 0.1
 _STALE_S = 3600.0
 """Staging folders older than this belong to builders that were killed."""
 
@@ -171,7 +173,13 @@ def _write_graph(jobs: list[_Job], folder: Path, nvcc: toolchain.Toolchain, gxx:
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
 
 
-def _run_ninja(folder: Path, env: Mapping[str, str], jobs: int | None, finished: Callable[[int], None]) -> str:
+def _run_ninja(
+    folder: Path,
+    env: Mapping[str, str],
+    jobs: int | None,
+    finished: Callable[[int], None],
+    cancel: threading.Event | None,
+) -> str:
     """Runs the graph, calls ``finished(edges)`` as edges end, returns ninja's output. Edges that fail are results."""
     parallel = jobs or len(os.sched_getaffinity(0))
     command = [str(toolchain.find_ninja()), "-C", str(folder), "-k", "0", "-j", str(parallel)]
@@ -184,6 +192,8 @@ def _run_ninja(folder: Path, env: Mapping[str, str], jobs: int | None, finished:
         env={**env, "NINJA_STATUS": "[%f] "},
     ) as process:
         assert process.stdout
+        if cancel is not None:
+            threading.Thread(target=_end_with, args=(process, cancel), daemon=True).start()
         try:
             for line in process.stdout:
                 output.append(line)
@@ -195,6 +205,14 @@ def _run_ninja(folder: Path, env: Mapping[str, str], jobs: int | None, finished:
     return "".join(output)
 
 
+def _end_with(process: subprocess.Popen[str], cancel: threading.Event) -> None:
+    """Ends ``process`` once ``cancel`` is set; ninja passes it on to the compilers."""
+    while process.poll() is None:
+        if cancel.wait(_CANCEL_CHECK_S):
+            process.terminate()
+            return
+
+
 def build(
     sources: Iterable[Source],
     archs: Iterable[str],
@@ -203,11 +221,13 @@ def build(
     jobs: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     timeout_s: float = 120.0,
+    cancel: threading.Event | None = None,
 ) -> dict[tuple[str, str], Built | BuildFailure]:
     """Compiles every source for every arch; results by (digest, arch). What was built before is not built again.
 
-    ``progress(done, total)`` counts results. Raises ToolchainError where there is no compiler, UsageError for an
-    unknown arch, TunerError where ``root`` is not writable or ninja itself fails.
+    ``progress(done, total)`` counts results. ``cancel``: once set, by another thread, the compilers are ended; what
+    they had finished is kept. Raises ToolchainError where there is no compiler, UsageError for an
+    unknown arch, TunerError where ``root`` is not writable, ninja itself fails or the build was cancelled.
     """
     archs = tuple(dict.fromkeys(archs))
     for arch in archs:
@@ -234,13 +254,15 @@ def build(
         raise TunerError(f"cannot write to the build folder {root}: {e.strerror}; run from another folder") from None
     try:
         before = len(results)
-        output = _run_ninja(folder, nvcc.env, jobs, lambda edges: report(before + edges, len(wanted)))
+        output = _run_ninja(folder, nvcc.env, jobs, lambda edges: report(before + edges, len(wanted)), cancel)
         for place, job in missing.items():
             if result := job.result(final=True):
                 results[place] = result
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     lost = len(wanted) - len(results)
+    if lost and cancel is not None and cancel.is_set():
+        raise TunerError(f"the build was cancelled with {lost} of {len(missing)} kernels unbuilt")
     if lost:
         last = next(iter(reversed(output.strip().splitlines())), "no output")
         raise TunerError(f"ninja left {lost} of {len(missing)} kernels unbuilt: {last}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tuner.space.core import Config
@@ -106,18 +107,36 @@ def split_candidates(
 
     The stream schedule divides evenly, so it wants the grid to fill the GPU once (or half, where merging costs
     more than idling). The grid schedule wants whole waves: the CTAs of all requests and heads together come
-    near a multiple of what the GPU holds at once.
+    near a multiple of what the GPU holds at once. Neither wants more splits than balance reading and merging.
     """
     plan = DecodePlan(config)
     resident = max(1, target.resident_ctas(config["warps"], registers, plan.shared_bytes)) * target.sms
     heads = _head_groups(config, kv_heads)
-    least = max(1, -(-max_context // (GROUP_TOKENS * plan.token_warps * plan.tiles)))
+    steps = max(1, -(-max_context // (GROUP_TOKENS * plan.token_warps * plan.tiles)))
+    balanced = _balanced_splits(plan, steps)
     if config["schedule"] == "stream":
         full = max(1, resident // heads)
-        wanted = [full, max(1, full // 2), max(1, full // 4)]
-        limit = least * batch
+        wanted = [min(full, balanced * batch), full, max(1, full // 2), max(1, full // 4)]
+        limit = steps * batch
     else:
         per_wave = max(1, resident // (heads * batch))
-        wanted = [per_wave, 2 * per_wave, max(1, per_wave // 2), 4 * per_wave]
-        limit = least
+        wanted = [min(per_wave, balanced), per_wave, 2 * per_wave, max(1, per_wave // 2), 4 * per_wave]
+        limit = steps
     return tuple(dict.fromkeys(min(w, limit) for w in wanted))[:3]
+
+
+_STEP_US = 1.0
+_MERGED_BYTES_PER_US = 56e3
+"""Rough times on an H200 (docs/kernel-notes.md): a step of a CTA, and what one CTA alone reads of partial results."""
+
+
+def _balanced_splits(plan: DecodePlan, steps: int) -> int:
+    """Splits of a request of ``steps`` steps for which ``steps / splits`` of them and merging ``splits`` parts, one
+    after the other, take the least time together.
+    """
+    config = plan.config
+    rows = _REDUCE_WARPS if config["reduction"] == "kernel" else config["head_warps"] * config.problem.gqa
+    merge_us = 4 * rows * plan.partial_row_floats / _MERGED_BYTES_PER_US
+    if config["reduction"] == "tree":
+        merge_us /= plan.branch
+    return max(1, round(math.sqrt(steps * _STEP_US / merge_us)))

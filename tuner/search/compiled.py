@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,6 +21,11 @@ class Compiler:
     def __init__(self, arch: str, root: Path, jobs: int | None) -> None:
         self.arch, self.root, self.jobs = arch, root, jobs
         self.built: dict[str, Built] = {}
+        self._cancel = threading.Event()
+
+    def close(self) -> None:
+        """Ends compilers that run, and begins no others."""
+        self._cancel.set()
 
     def build(self, configs: Sequence[Config]) -> list[Candidate | Failure]:
         """One result per configuration; one that does not render or compile is a Failure (compile, resource, error)."""
@@ -30,7 +36,9 @@ class Compiler:
             except TunerError as error:
                 rendered.append(Failure("compile", str(error)))
         sources = {s.digest: s for s in rendered if isinstance(s, Source)}
-        results = build(sources.values(), [self.arch], root=self.root, jobs=self.jobs) if sources else {}
+        results = {}
+        if sources:
+            results = build(sources.values(), [self.arch], root=self.root, jobs=self.jobs, cancel=self._cancel)
         answer: list[Candidate | Failure] = []
         for source in rendered:
             if isinstance(source, Failure):

@@ -97,7 +97,7 @@ class Evaluator(Protocol):
         """
 
     def close(self) -> None:
-        """Releases what was held; harmless when called twice."""
+        """Releases what was held and ends a ``build`` that runs; harmless when called twice."""
 
 
 def limit_us(problem: Problem, shape: Shape, bucket: Bucket, target: Target) -> float:

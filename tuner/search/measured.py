@@ -119,6 +119,7 @@ class MeasuredEvaluator:
         return self._judge(race, names, others)
 
     def close(self) -> None:
+        self._compiler.close()
         self._measurer.close()
 
     def _judge(self, race: Race, names: list[str], others: list[str]) -> Final | Failure:

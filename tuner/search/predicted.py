@@ -95,7 +95,7 @@ class PredictedEvaluator:
         return Final(times, winner, winner != fastest, self._baselines_us(bucket, rivals))
 
     def close(self) -> None:
-        """Nothing is held."""
+        self._compiler.close()
 
     def _time(self, candidate: Candidate, bucket: Bucket, splits: int) -> Time:
         request = self._request

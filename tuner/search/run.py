@@ -156,8 +156,11 @@ class Search:
                 if building is not None:
                     self._evaluate(current, building.result())
                 current, building = upcoming, queued
+        except BaseException:
+            self.evaluator.close()  # nobody waits for what is being built
+            raise
         finally:
-            builder.shutdown(cancel_futures=True)  # an interrupt must not begin another batch
+            builder.shutdown(cancel_futures=True)
             self._abandon()
 
     def wait_for_others(self, limit_s: float) -> None:
