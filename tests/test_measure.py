@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tuner.abi import c_struct
-from tuner.baselines import survey
+from tuner.baselines import TritonConstants, survey, tuned_name
 from tuner.build import Built, build
 from tuner.measure import Checked, Contestant, Failure, Measurer, Race, Timing, declare_winner, paired_ratio
 from tuner.measure.channel import Channel
@@ -322,15 +322,19 @@ def test_a_bucket_whose_outputs_exceed_the_memory_costs_no_other(tmp_path: Path)
 
 @pytest.mark.gpu
 def test_a_race_ends_in_its_time(measurer: Measurer, good: Built) -> None:
-    """The last contestants are not prepared; the first ones are always timed."""
+    """The last baselines are not prepared; kernels are always timed."""
     bucket = Bucket(4, 4096)
     ours = Contestant("ours", CONFIG, good.cubin, 8)
-    many = [ours, *(replace(ours, name=f"twin{i}") for i in range(400))]
+    kernels = [ours, *(replace(ours, name=f"twin{i}") for i in range(20))]
+    constants = [
+        TritonConstants(4, warps, stages, splits, 1) for warps in (1, 2) for stages in (1, 2) for splits in range(8, 33)
+    ]
+    baselines = [Contestant(tuned_name("triton", c)) for c in constants]
     start = time.monotonic()
-    race = measurer.race(many, SHAPE, "turboquant_4bit_nc", bucket, budget_s=5, total_s=0.2)
+    race = measurer.race([*kernels, *baselines], SHAPE, "turboquant_4bit_nc", bucket, budget_s=5, total_s=0.2)
     assert time.monotonic() - start < 20  # the child starts too
     assert isinstance(race, Race), race
-    assert "ours" in race.samples and race.failures["twin399"].kind == "timeout"
+    assert {k.name for k in kernels} <= set(race.samples) and race.failures[baselines[-1].name].kind == "timeout"
 
 
 @pytest.mark.gpu

@@ -12,10 +12,10 @@ from optuna.trial import TrialState
 from tuner.errors import TunerError, UsageError
 from tuner.search import Candidate, Failure, Timings, tune
 from tuner.search.compiled import Compiler
-from tuner.search.evaluate import Scored
+from tuner.search.evaluate import Final, Scored
 from tuner.search.storage import open_study
 from tuner.space import Config, Problem, default_config
-from tuner.workload import Shape
+from tuner.workload import Bucket, Shape
 
 
 class Faulty(Analytic):
@@ -119,6 +119,26 @@ def test_finalist_that_fails_the_last_gate_is_not_published(tmp_path: Path) -> N
     second, _, events = search(tmp_path / "b", Strict(tmp_path / "b"))
     assert not {dict(k.params)["warps"] for k in second.table.kernels} & banned
     assert any(e.failure and e.failure.message == "late" for e in events)
+
+
+def test_a_kernel_does_not_win_because_the_faster_ones_did_not_finish(tmp_path: Path) -> None:
+    class Short(Analytic):
+        """Of each race only the slowest kernel's time."""
+
+        def final(
+            self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str], budget_s: float
+        ) -> Final | Failure:
+            final = super().final(contestants, bucket, rivals, budget_s)
+            assert isinstance(final, Final)
+            times = [t for t in final.times if t]
+            slowest = max(range(len(times)), key=lambda i: times[i].median_us)
+            return Final(tuple(t if i == slowest else None for i, t in enumerate(times)), slowest, False, {})
+
+    fair, _, _ = search(tmp_path / "a")
+    cut, _, events = search(tmp_path / "b", Short(tmp_path / "b"))
+    chosen = [[(e.kernel, e.splits) for e in r.table.by_batch_and_context] for r in (fair, cut)]
+    assert chosen[0] == chosen[1]
+    assert any("a faster kernel did not finish" in e.text for e in events)
 
 
 def test_partial_timings_never_reach_the_table(tmp_path: Path) -> None:

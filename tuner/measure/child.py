@@ -88,9 +88,7 @@ class Child:
             def run(case: Case, out: Tensor, splits: int = splits) -> None:
                 self._decode_call(kernel, case, out, splits)()
 
-            results.append(
-                check_decode(run, problem, device="cuda", level=level, kv_heads=kv_heads, peer_errors=bar)
-            )
+            results.append(check_decode(run, problem, device="cuda", level=level, kv_heads=kv_heads, peer_errors=bar))
             if not results[-1].passed:
                 detail = f"splits {splits}: {results[-1].detail}"
                 return CheckResult(False, results[-1].worst_error, detail)
@@ -133,8 +131,8 @@ class Child:
     def race(self, request: dict[str, Any]) -> dict[str, Any]:
         """Interleaved rounds of kernels and baselines on one bucket.
 
-        Contestants are prepared in the order given, as long as ``PREPARING`` of ``total_s`` lasts; the rounds take what
-        is left of it, ``budget_s`` at most.
+        Kernels are prepared, then baselines in the order given, as long as ``PREPARING`` of ``total_s`` lasts; the
+        rounds take what is left of it, ``budget_s`` at most.
         """
         start, total_s = time.monotonic(), request["total_s"] or math.inf
         shape, bucket = Shape(**request["shape"]), Bucket(**request["bucket"])
@@ -149,12 +147,12 @@ class Child:
         replays: dict[str, Replay] = {}
         failures: dict[str, dict[str, Any]] = {}
         for contestant in request["contestants"]:
-            name = contestant["name"]
-            if replays and time.monotonic() - start > PREPARING * total_s:
+            name, ours = contestant["name"], contestant["config"] is not None
+            if replays and not ours and time.monotonic() - start > PREPARING * total_s:
                 failures[name] = asdict(Failure("timeout", f"no time left of {total_s:.1f} s to prepare it"))
                 continue
             try:
-                if contestant["config"] is None:
+                if not ours:
                     call = self._prepare_baseline(name, request["kernel_op"], case)
                 else:
                     config = Config.from_dict(contestant["config"])
