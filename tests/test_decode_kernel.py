@@ -81,7 +81,7 @@ def check(config: Config, case: Case, splits: int = 3, **options: int) -> None:
 
 def small_case(config: Config, lengths: tuple[int, ...] = (0, 1, 70, 17), **options: object) -> Case:
     # Bulk copies of token-major caches take all of a cache's heads at once.
-    kv_heads = config["head_warps"] if config["load"] == "bulk" else 2
+    kv_heads = {"bulk": 1, "bulk_rows": 2}.get(config["load"], 0) * config["head_warps"] or 2
     p = config.problem
     options.setdefault("order", "head" if config["load"] == "bulk" and kv_heads % 2 == 0 else "token")
     return synthetic_cache(p.layout, lengths, q_heads=p.gqa * kv_heads, kv_heads=kv_heads, **options)  # type: ignore[arg-type]
@@ -127,6 +127,7 @@ def test_landmarks_run_every_format(name: str, landmark: object) -> None:
 FORMAT = "turboquant_4bit_nc"
 DEFAULT = default_config(Problem("decode", 128, 4, FORMAT))
 PERSISTENT = DEFAULT.with_(schedule="stream", reduction="kernel")
+SHARED = DEFAULT.with_(schedule="share", reduction="kernel")
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128, 4176, 8320])
@@ -134,8 +135,19 @@ def test_block_sizes(block_size: int) -> None:
     check(DEFAULT, small_case(DEFAULT, (300, 15, 128), block_size=block_size))
 
 
-@pytest.mark.parametrize("config", [DEFAULT, PERSISTENT, DEFAULT.with_(schedule="stream", load="bulk", head_warps=2)])
-@pytest.mark.parametrize("splits", [1, 2, 7, 40])
+@pytest.mark.parametrize(
+    "config",
+    [
+        DEFAULT,
+        PERSISTENT,
+        DEFAULT.with_(schedule="stream", load="bulk", head_warps=2),
+        SHARED,
+        DEFAULT.with_(schedule="share", load="bulk", head_warps=2, reduction="tree"),
+        DEFAULT.with_(schedule="share", load="bulk_rows", warps=16, head_warps=8, reduction="tree"),
+        DEFAULT.with_(schedule="share", warps=1),
+    ],
+)
+@pytest.mark.parametrize("splits", [1, 2, 7, 9, 13, 40])
 def test_any_number_of_splits(config: Config, splits: int) -> None:
     lengths = (0, 333, 1, 0, 64, 16, 15, 129)
     check(config, small_case(config, lengths), splits, seed=splits, concurrent_ctas=1 + splits % 4)
@@ -177,10 +189,11 @@ def test_one_block_table_row_for_all_requests() -> None:
     check(DEFAULT, expanded)
 
 
-def test_many_requests_in_the_persistent_queue() -> None:
+@pytest.mark.parametrize("config", [PERSISTENT, SHARED, SHARED.with_(reduction="last")])
+def test_many_requests_in_the_persistent_queue(config: Config) -> None:
     lengths = tuple((7 * i) % 50 for i in range(70))
-    for splits in (3, 50):
-        check(PERSISTENT, small_case(PERSISTENT, lengths), splits)
+    for splits in (3, 50, 70, 100):
+        check(config, small_case(config, lengths), splits)
 
 
 def test_peaked_softmax_and_huge_queries() -> None:
@@ -190,7 +203,7 @@ def test_peaked_softmax_and_huge_queries() -> None:
     check(DEFAULT, huge)
 
 
-@pytest.mark.parametrize("schedule", ["grid", "stream"])
+@pytest.mark.parametrize("schedule", ["grid", "stream", "share"])
 @pytest.mark.parametrize("cache_format", ["turboquant_4bit_nc", "turboquant_outlier"])
 def test_branches_of_splits(cache_format: str, schedule: str) -> None:
     """Around one branch, around whole branches, with a last branch of one, and with more branches than fit in one."""

@@ -147,9 +147,11 @@ KERNELS = [
     decode(FORMAT, 256, 8, dim_warps=2, tokens=32, stages=1, lookup="spread", schedule="stream", reduction="tree"),
     decode("turboquant_outlier", 128, 6, dim_warps=2, load_bytes=4, reduction="kernel"),
     decode("turboquant_k8v4", 128, 4, load="direct", stages=1, schedule="stream"),
+    decode("turboquant_k8v4", 128, 4, load="direct", stages=1, schedule="share", reduction="tree"),
     decode("turboquant_3bit_nc", 128, 7, load="direct", stages=1, dim_warps=2, lookup="prmt", reduction="tree"),
     decode("turboquant_seed", 64, 5, load="direct", stages=1, math="fma", accumulate="f32"),
     decode("turboquant_k3v4_nc", 128, 4, load="bulk", head_warps=2, lookup="prmt", stages=3),
+    decode("turboquant_k8v4", 128, 1, warps=8, load="bulk_rows", head_warps=4, stages=3, tokens=32, schedule="share"),
     BULK,
 ]
 
@@ -157,7 +159,7 @@ KERNELS = [
 def case_of(config: Config) -> Case:
     """Requests long enough for a tree of splits. Bulk copies take all heads of a cache, two per warp of heads."""
     bulk = config["load"] == "bulk"
-    kv_heads = config["head_warps"] if bulk else 2
+    kv_heads = {"bulk": 1, "bulk_rows": 2}.get(config["load"], 0) * config["head_warps"] or 2
     return synthetic_cache(
         config.problem.layout,
         (0, 1, 300, 17),

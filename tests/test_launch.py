@@ -145,6 +145,16 @@ def test_bulk_copies_want_pages_in_one_piece() -> None:
     assert "16 bytes" in (refusal(config, replace(order, block=order.block + 8)) or "")
 
 
+def test_bulk_copies_of_rows_want_aligned_tokens() -> None:
+    config = config_of(load="bulk_rows", warps=8, head_warps=8)
+    order = CacheOrder.standard(config, kv_heads=32)
+    assert refusal(config, order) is None
+    assert "do not divide" in (refusal(config, CacheOrder.standard(config, kv_heads=12)) or "")
+    assert "16 bytes" in (refusal(config, replace(order, token=order.token + 8)) or "")
+    assert "16 bytes" in (refusal(config.with_(head_warps=4), order) or "")
+    assert "side by side" in (refusal(config, replace(order, token=order.head, head=16 * order.head)) or "")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: these are the messages without one")
 def test_messages_without_a_gpu() -> None:
     case = synthetic_cache(slot_layout("turboquant_4bit_nc", 64), (5,), q_heads=8, kv_heads=2)

@@ -189,10 +189,11 @@ def test_gate_times_and_race_in_the_child() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("cache_format", ["turboquant_k8v4", "turboquant_4bit_nc", "turboquant_3bit_nc"])
 def test_vllms_store_writes_what_the_gate_expects_but_for_its_own_rounding(cache_format: str) -> None:
-    """Its values divide approximately and its keys are rotated by cuBLAS: few bytes differ from ours."""
+    """Its values divide approximately and its keys are rotated by cuBLAS: few indices differ from ours, by one step."""
     from tuner import store
     from tuner.baselines import StoreInputs
     from tuner.check_store import store_case
+    from tuner.reference.codec import unpack_indices
 
     problem = Problem("store", 128, 1, cache_format)
     if survey("cuda", problem)[0].reason:
@@ -203,4 +204,9 @@ def test_vllms_store_writes_what_the_gate_expects_but_for_its_own_rounding(cache
     ours, theirs = case.before.contiguous().clone(), case.before.contiguous().clone()
     store(ours, finite.key, finite.value, slots, cache_format=cache_format, centroids=case.codec.centroids)
     prepare("vllm_store", StoreInputs(finite.key, finite.value, theirs, slots, case.codec))()
-    assert float((ours != theirs).float().mean()) < 2e-3
+    at = slots[slots >= 0] // ours.shape[1], slots[slots >= 0] % ours.shape[1]
+    layout = problem.layout
+    for row, start in ((layout.key, 0), (layout.value, layout.value_offset)):
+        a, b = (cache[at][..., start : start + row.size] for cache in (ours, theirs))
+        steps = (unpack_indices(a, row) - unpack_indices(b, row)).abs()
+        assert steps.max() <= 1 and float((steps > 0).float().mean()) < 1e-3

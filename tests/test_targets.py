@@ -7,21 +7,10 @@ import sys
 from dataclasses import replace
 
 import pytest
+from gpus import H100
 
 from tuner.errors import UsageError
-from tuner.targets import ARCHS, TARGETS, DeviceFacts, attached, describe, device_slug, get_target
-
-H100 = DeviceFacts(
-    name="NVIDIA H100 80GB HBM3",
-    capability=(9, 0),
-    sms=132,
-    l2_bytes=50 * 2**20,
-    shared_bytes_per_sm=228 * 1024,
-    shared_bytes_per_cta=227 * 1024,
-    clock_khz=1_980_000,
-    memory_clock_khz=2_619_000,
-    memory_bus_bits=5120,
-)
+from tuner.targets import ARCHS, TARGETS, attached, describe, device_slug, get_target
 
 
 @pytest.mark.parametrize("arch", ARCHS)

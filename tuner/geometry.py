@@ -46,7 +46,7 @@ def _head_groups(config: Config, kv_heads: int) -> int:
 def decode_geometry(config: Config, *, batch: int, kv_heads: int, splits: int) -> Geometry:
     """Geometry of ``wph_decode``; ``splits`` as in DecodeParams."""
     plan = DecodePlan(config)
-    requests = 1 if config["schedule"] == "stream" else batch
+    requests = batch if config["schedule"] == "grid" else 1
     return Geometry((splits, _head_groups(config, kv_heads), requests), 32 * config["warps"], plan.shared_bytes)
 
 
@@ -92,7 +92,7 @@ def decode_scratch(config: Config, *, batch: int, kv_heads: int, splits: int) ->
 
     Every slot holds per query head a maximum, a sum and the unnormalised output.
     """
-    slots = 2 * splits if config["schedule"] == "stream" else batch * splits
+    slots = batch * splits if config["schedule"] == "grid" else 2 * splits
     rows = slots * kv_heads * config.problem.gqa
     plan = DecodePlan(config)
     each = {"last": 1, "kernel": 0, "tree": 1 + -(-splits // plan.branch)}[config["reduction"]]
@@ -105,8 +105,8 @@ def split_candidates(
 ) -> tuple[int, ...]:
     """Values of ``splits`` worth timing, the most promising first (about three).
 
-    The stream schedule divides evenly, so it wants the grid to fill the GPU once (or half, where merging costs
-    more than idling). The grid schedule wants whole waves: the CTAs of all requests and heads together come
+    A persistent grid divides evenly, so it wants to fill the GPU once (or half, where merging costs more than
+    idling). The grid schedule wants whole waves: the CTAs of all requests and heads together come
     near a multiple of what the GPU holds at once. Neither wants more splits than balance reading and merging.
     """
     plan = DecodePlan(config)
@@ -114,14 +114,14 @@ def split_candidates(
     heads = _head_groups(config, kv_heads)
     steps = max(1, -(-max_context // (GROUP_TOKENS * plan.token_warps * plan.tiles)))
     balanced = _balanced_splits(plan, steps)
-    if config["schedule"] == "stream":
-        full = max(1, resident // heads)
-        wanted = [min(full, balanced * batch), full, max(1, full // 2), max(1, full // 4)]
-        limit = steps * batch
-    else:
+    if config["schedule"] == "grid":
         per_wave = max(1, resident // (heads * batch))
         wanted = [min(per_wave, balanced), per_wave, 2 * per_wave, max(1, per_wave // 2), 4 * per_wave]
         limit = steps
+    else:
+        full = max(1, resident // heads)
+        wanted = [min(full, balanced * batch), full, max(1, full // 2), max(1, full // 4)]
+        limit = steps * batch
     return tuple(dict.fromkeys(min(w, limit) for w in wanted))[:3]
 
 

@@ -61,15 +61,26 @@ def _quotas(config: Config, bucket: Bucket, splits: int) -> tuple[list[tuple[int
     least = plan.token_warps * plan.tiles
     groups = [-(-n // GROUP_TOKENS) for n in bucket.lengths()]
     pieces = splits
-    if config["schedule"] == "stream":
+    if config["schedule"] != "grid":
         quota = max(-(-sum(groups) // splits), least)
-        pieces = splits // bucket.batch
+        if config["schedule"] == "share":
+            lengths = [(-(-quota // least) + k) * least for k in range(plan.beginning_steps + 1)]
+            length = next((n for n in lengths if sum(-(-g // n) for g in groups) <= splits), None)
+            if length is not None:
+                shared = [(-(-g // length), min(length, g)) for g in groups if g]
+                return shared, [n for n, _ in shared]
+            pieces = 0
+        else:
+            pieces = splits // bucket.batch
         if not pieces or _piece(max(groups), pieces, least) > quota + plan.beginning_steps * least:
             ctas = -(-sum(groups) // quota)
             ends = [0]
             for g in groups:
                 ends.append(ends[-1] + g)
-            return [(ctas, quota)], [-(-b // quota) - a // quota for a, b in pairwise(ends)]
+            twice = {b // quota for b in ends[1:-1] if b % quota}  # CTAs that begin again in the middle
+            longer = quota + plan.beginning_steps * least
+            shares = [(ctas - len(twice), quota), (len(twice), longer)]
+            return shares, [-(-b // quota) - a // quota for a, b in pairwise(ends)]
     shared = [(-(-g // _piece(g, pieces, least)), min(_piece(g, pieces, least), g)) for g in groups if g]
     return shared, [n for n, _ in shared]
 
@@ -102,7 +113,7 @@ def _overfetch(config: Config, layout: SlotLayout, shape: Shape) -> float:
     Half of the excess comes from the L2 cache: it belongs to the neighbouring heads, which other CTAs read.
     """
     heads = min(config["head_warps"], shape.kv_heads)
-    if config["load"] == "bulk" or heads == shape.kv_heads:
+    if DecodePlan(config).bulk or heads == shape.kv_heads:
         return 1.0
     run = heads * layout.slot_bytes
     return 1.0 + (_SECTOR - 2) / run / 2

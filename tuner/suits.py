@@ -44,7 +44,7 @@ def refusal(config: Config, order: CacheOrder) -> str | None:
     """Why a decode kernel cannot read a cache of this ``order``, or None where it can."""
     if order.block_size % GROUP_TOKENS:
         return f"block size {order.block_size}: expected a multiple of {GROUP_TOKENS}"
-    if config["load"] == "bulk":
+    if DecodePlan(config).bulk:
         return _bulk_refusal(config, order)
     if GROUP_TOKENS * order.token >= 1 << 31:
         return f"tokens lie {order.token} bytes apart: expected a run of {GROUP_TOKENS} within 2 GiB"
@@ -57,10 +57,16 @@ def refusal(config: Config, order: CacheOrder) -> str | None:
 
 
 def _bulk_refusal(config: Config, order: CacheOrder) -> str | None:
-    """Bulk copies move runs of 16 tokens: 16-byte aligned, and what one run holds must lie side by side."""
+    """What one bulk copy moves must lie side by side and start at a multiple of 16 bytes: 16 tokens, or the CTA's heads
+    of one token."""
     heads, slot = config["head_warps"], config.problem.layout.slot_bytes
     if order.kv_heads % heads:
-        return f"{order.kv_heads} KV heads do not divide into CTAs of {heads} (load=bulk)"
+        return f"{order.kv_heads} KV heads do not divide into CTAs of {heads} (load={config['load']})"
+    if config["load"] == "bulk_rows":
+        if order.head != slot:
+            return "heads of a token do not lie side by side (load=bulk_rows)"
+        starts = (order.address, order.block, order.plane, order.token, heads * slot)
+        return "tokens are not aligned to 16 bytes (load=bulk_rows)" if any(s % 16 for s in starts) else None
     head_major = order.token == slot
     token_major = order.head == slot and order.token == heads * slot
     if not head_major and not token_major:

@@ -85,7 +85,7 @@ def dequantize_key(data: torch.Tensor, codec: Codec) -> torch.Tensor:
         return _decode_seed(data, codec)
     if not layout.format.key_codebook:
         return data[..., : row.size].clone(memory_format=torch.contiguous_format).view(torch.float8_e4m3fn).double()
-    rotated = codec.centroids.double()[_indices(data, row)]
+    rotated = codec.centroids.double()[unpack_indices(data, row)]
     if layout.format.norm_correction:
         rotated = rotated / rotated.norm(dim=-1, keepdim=True)
     return hadamard(rotated) * _fp16_at(data, row.norm_offset)
@@ -97,7 +97,7 @@ def dequantize_value(data: torch.Tensor, codec: Codec) -> torch.Tensor:
     row = layout.value
     if layout.format.separate_planes:
         return _decode_seed(data, codec)
-    return _indices(data, row) * _fp16_at(data, row.scale_offset) + _fp16_at(data, row.zero_offset)
+    return unpack_indices(data, row) * _fp16_at(data, row.scale_offset) + _fp16_at(data, row.zero_offset)
 
 
 def coefficients(x: torch.Tensor, codec: Codec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -135,7 +135,7 @@ def _decode_seed(data: torch.Tensor, codec: Codec) -> torch.Tensor:
     layout = codec.layout
     row = layout.key
     assert codec.signs is not None
-    levels = codec.centroids.double()[_indices(data, row)]
+    levels = codec.centroids.double()[unpack_indices(data, row)]
     padded = torch.nn.functional.pad(levels, (0, layout.block_d - row.coefficients))
     normal = hadamard(padded)[..., : layout.normal] * codec.signs.double() * _fp16_at(data, row.norm_offset)
     if codec.channels is None:
@@ -159,7 +159,7 @@ def _pack(indices: torch.Tensor, bits: int) -> torch.Tensor:
     return (string << torch.arange(8, dtype=torch.uint8, device=indices.device)).sum(-1, dtype=torch.uint8)
 
 
-def _indices(data: torch.Tensor, row: RowLayout) -> torch.Tensor:
+def unpack_indices(data: torch.Tensor, row: RowLayout) -> torch.Tensor:
     """The row's indices, int64 [..., coefficients]."""
     packed = data[..., row.indices_offset : row.indices_offset + row.indices_bytes]
     string = ((packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=data.device)) & 1).flatten(-2)

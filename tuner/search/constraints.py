@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from tuner.space import get_space
 from tuner.space.core import Config, Constraint, Space
+from tuner.space.plan import DecodePlan
 from tuner.suits import CacheOrder, refusal
 from tuner.targets import Target
 
@@ -21,10 +22,14 @@ def space_for(op: str, kv_heads: int) -> Space:
 
     def unreadable(config: Config, target: Target) -> bool:
         order = CacheOrder.standard(config, kv_heads=kv_heads)
-        return config["load"] == "bulk" and refusal(config, order) is not None
+        return DecodePlan(config).bulk and refusal(config, order) is not None
+
+    def too_many_copies(config: Config, target: Target) -> bool:
+        return config["load"] == "bulk_rows" and config["head_warps"] == kv_heads
 
     added = (
         Constraint("idle_head_warps", f"the {kv_heads} KV heads leave some of a CTA's head warps idle", idle_warps),
         Constraint("unreadable_cache", f"a cache of {kv_heads} KV heads does not suit bulk copies", unreadable),
+        Constraint("too_many_copies", "all heads of a token: one bulk copy of 16 tokens does it", too_many_copies),
     )
     return replace(space, constraints=(*space.constraints, *added))

@@ -12,7 +12,7 @@ AXES = (
     Axis("dim_warps", (1, 2, 4), "warps that share a token, each with a slice of the head dim"),
     Axis("math", ("mma", "fma"), "dot products on tensor cores (mma.sync) or on CUDA cores"),
     Axis("lookup", ("table", "replicated", "spread", "prmt", "shuffle"), "how a codebook index becomes a level"),
-    Axis("load", ("cp_async", "direct", "bulk"), "how slots travel: asynchronous copies, plain loads, bulk copies"),
+    Axis("load", ("cp_async", "direct", "bulk", "bulk_rows"), "how slots travel: cp.async, plain loads, bulk copies"),
     Axis("load_bytes", (16, 8, 4), "width of one asynchronous copy"),
     Axis("stages", (2, 1, 3, 4), "steps in flight per warp"),
     Axis("tokens", (16, 32, 64), "tokens that a warp takes per softmax step"),
@@ -20,7 +20,7 @@ AXES = (
     Axis("accumulate", ("f32", "f16x2", "precise"), "innermost sums: fp32 or halves (fma), precise (mma)"),
     Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
     Axis("reduction", ("last", "kernel", "tree"), "who adds up splits: the last CTA, a second kernel, or branches"),
-    Axis("schedule", ("grid", "stream"), "splits per request, or a persistent grid that shares all tokens evenly"),
+    Axis("schedule", ("grid", "stream", "share"), "splits per request, or a persistent grid: equal quotas, or pieces"),
 )
 
 REGISTER_LIMIT = 255
@@ -79,6 +79,11 @@ CONSTRAINTS = (
         "copy_width",
         "the copy width exists for asynchronous copies only: elsewhere 16 stands for none",
         lambda c, _: c["load"] != "cp_async" and c["load_bytes"] != 16,
+    ),
+    Constraint(
+        "row_width",
+        "bulk copies of rows take multiples of 16 bytes: so many must the CTA's heads of a token have",
+        lambda c, _: c["load"] == "bulk_rows" and c["head_warps"] * c.problem.layout.slot_bytes % 16 != 0,
     ),
     Constraint(
         "direct_stages",
@@ -164,14 +169,18 @@ def seed_config(problem: Problem) -> Config:
 def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     """What won before, scaled to the problem.
 
-    Large batches: bulk copies of all KV heads, the pair table shared by many warps, tokens divided evenly.
+    Large batches: bulk copies of all KV heads, the pair table shared by many warps, tokens divided evenly (by quotas
+    in what won; pieces of requests, which spare ragged batches a second beginning, came later and stand beside them).
     Small batches: every SM gets a piece of one head, with many copies in flight.
     """
     dims = default_config(problem)["dim_warps"]
     key = problem.layout.key
     replicated = "replicated" if problem.layout.format.key_codebook else "table"
     spread = "spread" if problem.layout.format.key_codebook and key.bits == 4 else replicated
-    bulk: dict[str, Value] = {"load": "bulk", "head_warps": kv_heads, "schedule": "stream", "dim_warps": dims}
+    bulk: dict[str, Value] = {"load": "bulk", "head_warps": kv_heads, "schedule": "share", "dim_warps": dims}
+    if kv_heads > 8:  # more than a CTA takes: as many of them as divide all and lie in whole 16 bytes
+        rows = (h for h in (8, 4, 2) if kv_heads % h == 0 and h * problem.layout.slot_bytes % 16 == 0)
+        bulk |= {"load": "bulk_rows", "head_warps": next(rows, kv_heads)}
     alone: dict[str, Value] = {"load": "cp_async", "tokens": 16, "dim_warps": dims}
     wanted = (
         bulk | {"warps": 16, "tokens": 32, "lookup": replicated},
@@ -180,6 +189,9 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         alone | {"warps": 8, "stages": 4, "lookup": spread, "reduction": "tree"},
         bulk | {"warps": 8, "tokens": 32, "lookup": spread, "reduction": "tree"},
         bulk | {"warps": 16, "lookup": spread},
+        bulk | {"warps": 16, "tokens": 32, "lookup": replicated, "schedule": "stream"},
+        bulk | {"warps": 8, "tokens": 32, "lookup": spread, "schedule": "stream"},
+        alone | {"warps": 4, "lookup": replicated, "stages": 4, "min_ctas": 2, "schedule": "share"},
         bulk | {"warps": 8, "lookup": spread},
         alone | {"warps": 16, "stages": 2, "lookup": spread},
         bulk | {"warps": 8, "tokens": 32, "lookup": replicated},
@@ -188,7 +200,6 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         alone | {"warps": 8, "dim_warps": 2 * dims, "tokens": 32, "lookup": replicated},
         bulk | {"warps": 8, "lookup": replicated, "min_ctas": 2},
         alone | {"warps": 4, "stages": 4},
-        alone | {"warps": 4, "lookup": replicated, "stages": 4, "min_ctas": 2, "schedule": "stream"},
     )
     allowed = {axis.name: axis.values for axis in AXES}
     return tuple(dict.fromkeys(_config(problem, **w) for w in wanted if all(v in allowed[n] for n, v in w.items())))

@@ -119,10 +119,15 @@ class DecodePlan:
         """Distance between rows in shared memory after asynchronous copies."""
         return tuple(_odd_chunks(16 * chunks) for chunks in self.row_chunks)
 
+    @property
+    def bulk(self) -> bool:
+        """Bulk copies, of all heads of 16 tokens (``load`` bulk) or of the CTA's heads token by token (bulk_rows)."""
+        return self.config["load"] in ("bulk", "bulk_rows")
+
     @cached_property
     def group_bytes(self) -> int:
         """Shared memory of one group of 16 tokens for the warps that share it."""
-        if self.config["load"] == "bulk":
+        if self.bulk:
             slot = self.config.problem.layout.slot_bytes
             return GROUP_TOKENS * self.config["head_warps"] * slot * len(self.row_bytes)
         return GROUP_TOKENS * sum(self.row_pitches)
@@ -130,7 +135,7 @@ class DecodePlan:
     @cached_property
     def teams(self) -> int:
         """Sets of warps that share staged tokens."""
-        return self.token_warps if self.config["load"] == "bulk" else self.config["warps"] // self.config["dim_warps"]
+        return self.token_warps if self.bulk else self.config["warps"] // self.config["dim_warps"]
 
     @cached_property
     def stage_bytes(self) -> int:
@@ -264,7 +269,7 @@ class DecodePlan:
 
     @cached_property
     def barrier_bytes(self) -> int:
-        return 16 * self.teams * self.config["stages"] if self.config["load"] == "bulk" else 0
+        return 16 * self.teams * self.config["stages"] if self.bulk else 0
 
     @cached_property
     def stage_count(self) -> int:
@@ -289,7 +294,7 @@ class DecodePlan:
             "stats": self.stats_bytes,
             "barriers": self.barrier_bytes,
             "flag": 16,
-            "queue": 16 if self.config["schedule"] == "stream" else 0,
+            "queue": 16 if self.config["schedule"] != "grid" else 0,
         }
         at = -self.shared_start % self.lookup_bytes if self.lookup_bytes else 0
         best: dict[str, int] | None = None

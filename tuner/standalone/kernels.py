@@ -138,7 +138,7 @@ def _facts(source: Source) -> dict[str, Any]:
         "reduce_warps": reduce_geometry(config, batch=1, kv_heads=1).block // 32,
         "shared_bytes": plan.shared_bytes,
         "head_warps": config["head_warps"],
-        "stream": int(config["schedule"] == "stream"),
+        "stream": int(config["schedule"] != "grid"),
         "counts": int(config["reduction"] != "kernel"),
         "branch": plan.branch if config["reduction"] == "tree" else 0,
         "row_floats": plan.partial_row_floats,

@@ -14,11 +14,15 @@ bool multiples(int of, const long long *values, int count) {
     return true;
 }
 
-// Bulk copies move runs of 16 tokens: 16-byte aligned, and what one run holds must lie side by side.
+// What one bulk copy moves must lie side by side and start at a multiple of 16 bytes: 16 tokens, or the CTA's heads of one.
 bool bulk_reads(const Kernel &kernel, const wph_decode_params &p, long long address) {
     if (p.kv_heads % kernel.head_warps) return false;
-    const bool head_major = p.token_stride == kernel.slot_bytes;
     const long long run = static_cast<long long>(kernel.head_warps) * kernel.slot_bytes;
+    if (kernel.load == BULK_ROWS) {
+        const long long starts[] = {address, p.block_stride, p.plane_stride, p.token_stride, run};
+        return p.head_stride == kernel.slot_bytes && multiples(16, starts, 5);
+    }
+    const bool head_major = p.token_stride == kernel.slot_bytes;
     const bool token_major = p.head_stride == kernel.slot_bytes && p.token_stride == run;
     if (!head_major && !token_major) return false;
     const long long head = head_major ? p.head_stride : 0;
@@ -31,7 +35,7 @@ bool bulk_reads(const Kernel &kernel, const wph_decode_params &p, long long addr
 bool reads(const Kernel &kernel, const wph_decode_params &p) {
     const long long address = static_cast<long long>(reinterpret_cast<std::uintptr_t>(p.kv_cache));
     if (p.block_size < 16 || p.block_size % 16) return false;
-    if (kernel.load == BULK) return bulk_reads(kernel, p, address);
+    if (kernel.load == BULK || kernel.load == BULK_ROWS) return bulk_reads(kernel, p, address);
     const long long starts[] = {address, p.block_stride, p.plane_stride, p.token_stride, p.head_stride};
     if (!multiples(kernel.alignment, starts, 5)) return false;
     return kernel.load != CP_ASYNC || p.block_stride % 16 == 0;

@@ -9,7 +9,7 @@ namespace wph {
 enum Op { DECODE, DEQUANT, STORE };
 
 // How a decode kernel reads slots; it decides which caches the kernel can read.
-enum Load { DIRECT, CP_ASYNC, BULK };
+enum Load { DIRECT, CP_ASYNC, BULK, BULK_ROWS };
 
 struct Kernel {
     const char *name;
