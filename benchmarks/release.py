@@ -55,7 +55,7 @@ def _tune(name: str, options: str, search_s: int, races_s: int) -> Step:
 _GRID = ("benchmarks/decode_grid.py", "--tables", "TABLES", "--work", "WORK/grid")
 _WARPS = ("tune.py", "--head-dim", "256", "--op", "dequant", "--warps", "1,2,4,8,16")
 STEPS = (
-    Step("gpu-tests", "tests", ("-m", "pytest", "-q", "-m", "gpu"), 400),
+    Step("gpu-tests", "tests", ("-m", "pytest", "-q", "-m", "gpu", "--durations=15"), 400),
     _tune("d128-g4", "--head-dim 128", 60, 60),
     _tune("d256-g8", "--head-dim 256", 60, 60),
     _tune("d256-g16", "--head-dim 256 --gqa 16", 50, 50),

@@ -208,6 +208,21 @@ def test_lines_show_ratios_and_failures() -> None:
     assert failed.count(" - ") >= 4
 
 
+def test_a_record_is_printed_without_a_gpu(tmp_path: Path) -> None:
+    results = [result(grid(8, c), us, vllm_triton=12 * us, fa3_bf16=3 * us) for c, us in ((1024, 10.0), (16384, 100.0))]
+    path = tmp_path / "record.json"
+    write(path, "NVIDIA H100", None, results, verdicts(results))
+    command = [sys.executable, str(ROOT / "benchmarks/decode_grid.py"), "--recorded", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "measured on NVIDIA H100" in done.stdout, done.stderr
+    (row,) = (text for text in done.stdout.splitlines() if text.lstrip().startswith("D=128 32/8"))
+    assert row.split()[2] == "2" and row.count("12, 12") == 1 and row.count("3, 3") == 1
+    assert "met     against vLLM's Triton as shipped: mean 12" in done.stdout
+    path.write_text("{}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
 def test_results_outlive_an_interrupt(tmp_path: Path) -> None:
     store = Store(tmp_path / "work" / "results.jsonl")
     known = result(grid(1, 1024), 10.0)

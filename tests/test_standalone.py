@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -157,10 +160,25 @@ def test_command_line(tmp_path: Path) -> None:
 # --- what is built ----------------------------------------------------------------------------------------------------
 
 
+TOOLS = ("cmake", "ctest", "ninja")
+
+
+@cache
+def folder_of_tools() -> Path:
+    """The build tools alone, wherever they are installed."""
+    folder = Path(tempfile.mkdtemp(prefix="wph-tools-"))
+    atexit.register(shutil.rmtree, folder)
+    for tool in TOOLS:
+        if found := shutil.which(tool):
+            (folder / tool).symlink_to(found)
+    return folder
+
+
 def bare_environment() -> dict[str, str]:
     """Without this package, its environment, or anything else that a stranger's machine lacks."""
     nvcc = toolchain.find(("sm_90",)).nvcc
-    return {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/nonexistent", "CUDACXX": str(nvcc)}
+    path = f"{folder_of_tools()}:/usr/local/bin:/usr/bin:/bin"
+    return {"PATH": path, "HOME": "/nonexistent", "CUDACXX": str(nvcc)}
 
 
 def shell(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -168,8 +186,9 @@ def shell(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def build_project(folder: Path, generator: str) -> Path:
-    if not shutil.which("cmake", path=bare_environment()["PATH"]):
-        pytest.skip("no cmake")
+    missing = [tool for tool in TOOLS if not shutil.which(tool, path=bare_environment()["PATH"])]
+    if missing:
+        pytest.skip(f"no {missing[0]}")
     for command in (("cmake", "-B", "build", "-G", generator), ("cmake", "--build", "build", "-j2")):
         done = shell(*command, cwd=folder)
         assert done.returncode == 0, done.stdout + done.stderr

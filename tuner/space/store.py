@@ -163,8 +163,14 @@ def _leads(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     wide = min(4, 2 * _config(problem)["chunks"])
     widest = min(4, layout.block_d // (CHUNK * _MIN_LANES))
     staged: dict[str, Value] = {"search": search, "store": "staged", "store_bytes": 16}
+    # Of a prompt's chunk, 8 CTAs per SM hold more in flight, and 8192 tokens x 8 heads are then just below whole waves.
+    eight = [
+        _config(problem, chunks=wide, sides=s, min_ctas=8, **staged | {"store_bytes": 8}) for s in ("turns", "together")
+    ]
+    crowded = [c for c in eight if _register_estimate(c) <= 64]
     return (
         _config(problem, chunks=wide, rows=2, **staged),
+        *crowded,
         _config(problem, chunks=widest, rows=1, **staged),
         _config(problem, chunks=widest, rows=2, warps=8, **staged | {"sides": "turns"}),
         _config(problem, rows=2, **staged),
