@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -19,6 +21,7 @@ from tuner.targets import Target, attached
 
 _STOP_S = 15.0
 """Time that a command gets to end after it was interrupted."""
+_STOP_CHECK_S = 0.2
 
 
 def attached_gpu(index: int) -> Target:
@@ -43,20 +46,32 @@ def write_record(path: Path, device: str, driver: str | None, found: Mapping[str
 
 
 def run_bounded(
-    words: Sequence[str], log: IO[str], limit_s: float, *, cwd: Path | None = None, env: Mapping[str, str] | None = None
+    words: Sequence[str],
+    log: IO[str],
+    limit_s: float,
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    stop: threading.Event | None = None,
 ) -> int | None:
     """Exit status of a command whose output goes to ``log``; None where it had to be ended after ``limit_s``.
 
     It is interrupted first, as by Ctrl-C, and killed with what it started where that does not end it: nothing is left
-    on the GPU. An interrupt of the caller is passed on in the same way.
+    on the GPU. An interrupt of the caller is passed on in the same way. ``stop``: once set, by another thread, the
+    command is killed.
     """
+    deadline = time.monotonic() + limit_s
     child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=cwd, env=env, process_group=0)
     try:
-        return child.wait(limit_s)
-    except subprocess.TimeoutExpired:
+        while stop is None or not stop.is_set():
+            left_s = deadline - time.monotonic()
+            with suppress(subprocess.TimeoutExpired):
+                return child.wait(max(0.0, left_s if stop is None else min(left_s, _STOP_CHECK_S)))
+            if left_s <= 0:
+                break
         return None
     finally:
-        if child.poll() is None:
+        if child.poll() is None and not (stop and stop.is_set()):
             os.killpg(child.pid, signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 child.wait(_STOP_S)

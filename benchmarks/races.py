@@ -21,6 +21,7 @@ from tests.emulated import emulate_decode  # noqa: E402
 from tuner.emulate import EmulationError  # noqa: E402
 from tuner.reference import synthetic_cache  # noqa: E402
 from tuner.space import Config  # noqa: E402
+from tuner.space.plan import DecodePlan  # noqa: E402
 from tuner.table import read  # noqa: E402
 from tuner.table.install import TABLE_PATTERN  # noqa: E402
 from tuner.table.store import PACKAGE_TABLES  # noqa: E402
@@ -32,7 +33,7 @@ RUNS = ((1, 2), (2, 1))
 
 def race(config: Config, kv_heads: int, root: Path) -> str | None:
     """What the emulator finds in a kernel, None where that is nothing."""
-    heads = kv_heads if config["load"] == "bulk" else 2  # bulk copies take all heads of a cache
+    heads = kv_heads if DecodePlan(config).bulk else 2  # bulk copies want whole heads and aligned tokens
     problem = config.problem
     case = synthetic_cache(problem.layout, LENGTHS, q_heads=problem.gqa * heads, kv_heads=heads)
     try:

@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -96,23 +97,27 @@ def run(args: argparse.Namespace) -> int:
         raise TunerError("no compute-sanitizer on the PATH: it comes with the CUDA toolkit")
     args.work.mkdir(parents=True, exist_ok=True)
     asked = [(s, t) for s in subjects(args.tables, target.arch) for t in tools]
-    deadline = time.monotonic() + args.timeout
+    deadline, stop = time.monotonic() + args.timeout, threading.Event()
 
     def examine(subject: Subject, tool: str) -> int | None:
         """Exit status of the tool; None where the time was over."""
         left = deadline - time.monotonic()
-        if left <= 0:
+        if left <= 0 or stop.is_set():
             return None
         log = args.work / f"{subject.kernel.id}-{tool}.log"
         with log.open("w") as file:
-            status = run_bounded(command(tool, sanitizer, subject), file, left)
+            status = run_bounded(command(tool, sanitizer, subject), file, left, stop=stop)
         if status is not None:
             word = "clean" if status == 0 else "FOUND"
             print(f"{word} {tool:9} {subject.name}: {summary(log.read_text())}", flush=True)
         return status
 
-    with ThreadPoolExecutor(args.jobs) as pool:
+    pool = ThreadPoolExecutor(args.jobs)
+    try:
         found = [f.result() for f in [pool.submit(examine, *a) for a in asked]]
+    finally:
+        stop.set()  # an interrupt ends what runs, and nothing else begins
+        pool.shutdown(cancel_futures=True)
     done, clean = sum(status is not None for status in found), found.count(0)
     print(f"{clean} of {done} clean; {len(asked) - done} not run; logs in {args.work}")
     return 0 if clean == len(asked) else 1

@@ -13,10 +13,13 @@ import pytest
 from emulated import emulate_decode
 from torch import Tensor
 
-from tuner.check import check_decode, check_dequant, decode_errors
+from tuner.check import Level, _cases, check_decode, check_dequant, decode_errors
+from tuner.launch import cache_order
 from tuner.measure.peer import vllm_errors
 from tuner.reference import Case, dequantize
 from tuner.space import Problem, default_config
+from tuner.space.decode import lead_configs
+from tuner.suits import reads_head_major, refusal
 
 PROBLEM = Problem("decode", 64, 4, "turboquant_4bit_nc")
 DEQUANT = Problem("dequant", 64, 1, "turboquant_outlier")
@@ -32,6 +35,19 @@ def rows(case: Case, key: Tensor, value: Tensor) -> None:
         for b, length in enumerate(case.seq_lens.tolist()):
             for j in range(-(-length // case.block_size)):
                 by_request[b, j] = whole[int(case.block_table[b, j])].bfloat16()
+
+
+@pytest.mark.parametrize(("head_dim", "gqa", "kv_heads"), [(128, 1, 16), (256, 8, 2), (128, 4, 8)])
+@pytest.mark.parametrize("level", ["tiny", "quick", "full"])
+def test_what_tends_to_win_can_read_every_case(level: Level, head_dim: int, gqa: int, kv_heads: int) -> None:
+    problem = Problem("decode", head_dim, gqa, "turboquant_4bit_nc")
+    leads = lead_configs(problem, kv_heads)
+    assert any(c["load"].startswith("bulk") for c in leads)
+    for token_major in (False, True):
+        cases = _cases(problem, "cpu", level, kv_heads, token_major)
+        for config in leads:
+            if reads_head_major(config) or token_major:
+                assert not any(refusal(config, cache_order(case.kv_cache)) for case in cases), config.describe()
 
 
 @pytest.mark.parametrize("level", ["tiny", "quick"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tuner.formats import slot_layout
 from tuner.geometry import split_candidates
 from tuner.model import busiest
 from tuner.pipes import cost
-from tuner.predict import hot_loop, predict, predict_triton
+from tuner.predict import _quotas, hot_loop, predict, predict_triton
 from tuner.render import render
 from tuner.search.evaluate import limit_us
 from tuner.space import Config, Problem, default_config
@@ -93,6 +94,34 @@ def test_triton_times_are_near_the_measured_ones(tmp_path: Path) -> None:
     n = len(measured)
     squares = sum((a - b) ** 2 for a, b in zip(ranks(predicted), ranks(measured), strict=True))
     assert 1 - 6 * squares / (n * (n * n - 1)) > 0.9
+
+
+@pytest.mark.parametrize("reduction", ["last", "kernel", "tree"])
+@pytest.mark.parametrize("schedule", ["grid", "stream", "share"])
+@pytest.mark.parametrize("arch", ["sm_90", "sm_121"])
+def test_no_shorter_context_asks_for_more_splits(arch: str, schedule: str, reduction: str) -> None:
+    """Scratch is reserved for the longest context before graphs are captured."""
+    config = default_config(PROBLEM).with_(schedule=schedule, reduction=reduction)
+    for kv_heads, batch in itertools.product((1, 2, 8, 32), (1, 3, 16, 300)):
+        first = [
+            split_candidates(
+                config, registers=128, batch=batch, kv_heads=kv_heads, max_context=context, target=get_target(arch)
+            )[0]
+            for context in (1, 100, 1000, 5000, 40_000, 130_000, 1_000_000)
+        ]
+        assert first == sorted(first)
+
+
+def test_shares_spare_ragged_batches_a_second_beginning() -> None:
+    shared, stream = (default_config(PROBLEM).with_(schedule=s, warps=1) for s in ("share", "stream"))
+    ragged, uniform = Bucket(8, 65536, ragged=True), Bucket(8, 8192)
+    assert _quotas(shared, uniform, 132) == _quotas(stream, uniform, 132)
+    pieces, sharers = _quotas(shared, ragged, 132)
+    assert sum(n for n, _ in pieces) == sum(sharers) <= 132, "every CTA has one piece of one request"
+    quotas, _ = _quotas(stream, ragged, 132)
+    assert max(groups for _, groups in pieces) < max(groups for _, groups in quotas)
+    many, few = Bucket(64, 65536, ragged=True), 16  # more requests than CTAs: quotas
+    assert _quotas(shared, many, few) == _quotas(stream, many, few)
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_121"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +14,10 @@ from optuna.trial import TrialState
 from tuner.errors import TunerError, UsageError
 from tuner.search import Candidate, Failure, Timings, tune
 from tuner.search.compiled import Compiler
-from tuner.search.evaluate import Final, Scored
+from tuner.search.evaluate import Scored
 from tuner.search.storage import open_study
 from tuner.space import Config, Problem, default_config
-from tuner.workload import Bucket, Shape
+from tuner.workload import Shape
 
 
 class Faulty(Analytic):
@@ -56,6 +58,27 @@ def test_nothing_runs(tmp_path: Path) -> None:
     with pytest.raises(TunerError, match=r"none of 4 configurations runs \(wrong result\).*relative error 0.5"):
         search(tmp_path, Broken(tmp_path), trials=4)
     assert not (tmp_path / "tables").exists()
+
+
+def test_an_interrupt_closes_the_evaluator_before_it_waits_for_what_is_being_built(tmp_path: Path) -> None:
+    class Interrupted(Analytic):
+        closed = threading.Event()
+
+        def build(self, configs: Sequence[Config]) -> list[Candidate | Failure]:
+            if self.log:  # the second batch: only closing ends it
+                assert self.closed.wait(30)
+            return super().build(configs)
+
+        def score(self, candidate: Candidate, best: Timings | None) -> Scored | Failure:
+            raise KeyboardInterrupt
+
+        def close(self) -> None:
+            self.closed.set()
+
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path, Interrupted(tmp_path), trials=12)
+    assert time.monotonic() - start < 20
 
 
 def test_errors_of_the_machine_end_the_search_and_cost_no_trial(tmp_path: Path) -> None:
@@ -119,26 +142,6 @@ def test_finalist_that_fails_the_last_gate_is_not_published(tmp_path: Path) -> N
     second, _, events = search(tmp_path / "b", Strict(tmp_path / "b"))
     assert not {dict(k.params)["warps"] for k in second.table.kernels} & banned
     assert any(e.failure and e.failure.message == "late" for e in events)
-
-
-def test_a_kernel_does_not_win_because_the_faster_ones_did_not_finish(tmp_path: Path) -> None:
-    class Short(Analytic):
-        """Of each race only the slowest kernel's time."""
-
-        def final(
-            self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str], budget_s: float
-        ) -> Final | Failure:
-            final = super().final(contestants, bucket, rivals, budget_s)
-            assert isinstance(final, Final)
-            times = [t for t in final.times if t]
-            slowest = max(range(len(times)), key=lambda i: times[i].median_us)
-            return Final(tuple(t if i == slowest else None for i, t in enumerate(times)), slowest, False, {})
-
-    fair, _, _ = search(tmp_path / "a")
-    cut, _, events = search(tmp_path / "b", Short(tmp_path / "b"))
-    chosen = [[(e.kernel, e.splits) for e in r.table.by_batch_and_context] for r in (fair, cut)]
-    assert chosen[0] == chosen[1]
-    assert any("a faster kernel did not finish" in e.text for e in events)
 
 
 def test_partial_timings_never_reach_the_table(tmp_path: Path) -> None:

@@ -72,15 +72,17 @@ def check_decode(
     level: Level = "quick",
     kv_heads: int = 2,
     peer_errors: Sequence[float] = (),
+    token_major: bool = False,
 ) -> CheckResult:
     """Runs ``run(case, out)``, which must fill ``out`` [B, Hq, D], on the gate's cases and compares with float64.
 
     ``out`` has strides of its own. Requests of length 0 must give zeros. Exceptions of ``run`` pass through.
     ``peer_errors``: of vLLM's own kernel on the same cases (``decode_errors``); () where it is not at hand.
+    ``token_major``: heads lie within tokens in every case, for kernels that read no other order.
     """
     worst = 0.0
     ratios: dict[torch.dtype, float] = {}
-    cases = _decode_cases(problem, str(device), level, kv_heads)
+    cases = _decode_cases(problem, str(device), level, kv_heads, token_major)
     for number, (case, expected) in enumerate(cases):
         first, intact = _run_decode(run, case)
         again, _ = _run_decode(run, case)
@@ -159,7 +161,10 @@ def _rotates(problem: Problem) -> bool:
     return problem.layout.format.key_codebook
 
 
-def _cases(problem: Problem, device: str, level: Level, kv_heads: int) -> tuple[Case, ...]:
+def _cases(
+    problem: Problem, device: str, level: Level, kv_heads: int, token_major: bool = False
+) -> tuple[Case, ...]:
+    changes = {"order": "token"} if token_major else {}
     return tuple(
         synthetic_cache(
             problem.layout,
@@ -168,15 +173,17 @@ def _cases(problem: Problem, device: str, level: Level, kv_heads: int) -> tuple[
             kv_heads=kv_heads,
             seed=seed,
             device=device,
-            **options,
+            **options | changes,
         )
         for seed, (lengths, options) in enumerate(_CASES[level])
     )
 
 
 @lru_cache(maxsize=8)
-def _decode_cases(problem: Problem, device: str, level: Level, kv_heads: int) -> tuple[tuple[Case, Tensor], ...]:
-    return tuple((case, case.expected()) for case in _cases(problem, device, level, kv_heads))
+def _decode_cases(
+    problem: Problem, device: str, level: Level, kv_heads: int, token_major: bool = False
+) -> tuple[tuple[Case, Tensor], ...]:
+    return tuple((case, case.expected()) for case in _cases(problem, device, level, kv_heads, token_major))
 
 
 @lru_cache(maxsize=8)

@@ -138,7 +138,7 @@ class Workspace:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise TunerError(
                     f"scratch of {count} {dtype} elements is missing while a CUDA graph is captured: "
-                    "run the call once with these sizes before capturing it"
+                    "run the call once with these sizes, and without max_context, before capturing it"
                 )
             size = max(count, 2 * buffers[-1].numel() if buffers else 1024)
             buffers.append(torch.zeros(size, dtype=dtype, device=self.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 
 from tuner.build import Built
@@ -77,9 +78,9 @@ def _quotas(config: Config, bucket: Bucket, splits: int) -> tuple[list[tuple[int
             ends = [0]
             for g in groups:
                 ends.append(ends[-1] + g)
-            twice = {b // quota for b in ends[1:-1] if b % quota}  # CTAs that begin again in the middle
-            longer = quota + plan.beginning_steps * least
-            shares = [(ctas - len(twice), quota), (len(twice), longer)]
+            again = Counter(b // quota for b in set(ends[1:-1]) if b % quota)  # how often a CTA begins anew
+            often = Counter(again.values()) + Counter({0: ctas - len(again)})
+            shares = [(number, quota + times * plan.beginning_steps * least) for times, number in often.items()]
             return shares, [-(-b // quota) - a // quota for a, b in pairwise(ends)]
     shared = [(-(-g // _piece(g, pieces, least)), min(_piece(g, pieces, least), g)) for g in groups if g]
     return shared, [n for n, _ in shared]

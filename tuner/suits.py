@@ -77,6 +77,11 @@ def _bulk_refusal(config: Config, order: CacheOrder) -> str | None:
     return None
 
 
+def reads_head_major(config: Config) -> bool:
+    """Whether the kernel reads caches in which a head's tokens lie side by side, pages being aligned."""
+    return config["load"] != "bulk_rows"
+
+
 def suited(config: Config, order: CacheOrder) -> Config:
     """``config``, or its variant with plain loads where it cannot read the cache."""
     return config if refusal(config, order) is None else direct_variant(config)

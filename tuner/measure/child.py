@@ -38,6 +38,7 @@ from tuner.measure.timer import Replay, Timer
 from tuner.measure.two_step import dequantize_then_attend
 from tuner.reference import Case
 from tuner.space import Config
+from tuner.suits import reads_head_major
 from tuner.targets import attached, get_target
 from tuner.workload import Bucket, Shape
 
@@ -83,12 +84,22 @@ class Child:
             return check_dequant(run_dequant, problem, device="cuda", level=level, kv_heads=kv_heads)
         results = []
         bar = vllm_errors(problem, "cuda", level, kv_heads)
+        token_major = not reads_head_major(kernel.config)
         for splits in _CHECK_SPLITS:
 
             def run(case: Case, out: Tensor, splits: int = splits) -> None:
                 self._decode_call(kernel, case, out, splits)()
 
-            results.append(check_decode(run, problem, device="cuda", level=level, kv_heads=kv_heads, peer_errors=bar))
+            checked = check_decode(
+                run,
+                problem,
+                device="cuda",
+                level=level,
+                kv_heads=kv_heads,
+                peer_errors=bar,
+                token_major=token_major,
+            )
+            results.append(checked)
             if not results[-1].passed:
                 detail = f"splits {splits}: {results[-1].detail}"
                 return CheckResult(False, results[-1].worst_error, detail)

@@ -161,9 +161,10 @@ class Measurer:
     ) -> Race | Failure:
         """Shuffled interleaved rounds until every median's interval is under 1% or ``budget_s`` has passed.
 
-        ``total_s`` bounds preparation and rounds together, but for the least samples of those that are prepared: the
-        last contestants of the list then fail as timeouts. ``reserve``: buckets that will be raced next.
-        A contestant that cannot be prepared is among ``failures``; one that crashes ends the race with a Failure.
+        ``total_s`` bounds preparation and rounds together, but for the least samples of those that are prepared:
+        kernels always are, the last baselines of the list then fail as timeouts. ``reserve``: buckets that will be
+        raced next. A contestant that cannot be prepared is among ``failures``; one that crashes ends the race with a
+        Failure.
         """
         payload = {
             "contestants": [

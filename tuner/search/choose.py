@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -191,19 +191,9 @@ def _race(
         if isinstance(final, Failure):
             tracker.tell("race", f"{bucket.key}: no race, {final.kind}: {final.message}", failure=final)
             continue
-        if _is_walkover(final, points, plan.points[bucket.key]):
-            tracker.tell("race", f"{bucket.key}: a faster kernel did not finish: the times of the search stand")
-            continue
         finals[bucket.key] = (points, _keep_to_portfolio(final, points, plan.portfolio))
         tracker.tell("race", f"race {done + 1}/{len(racing)}: {bucket.key}")
     return finals
-
-
-def _is_walkover(final: Final, points: Sequence[Point], screened: Mapping[Point, float]) -> bool:
-    """Whether a kernel that was faster than the winner in the search has no time of the race."""
-    return any(
-        t is None and screened[p] < screened[points[final.winner]] for p, t in zip(points, final.times, strict=True)
-    )
 
 
 def _keep_to_portfolio(final: Final, points: list[Point], portfolio: tuple[int, ...]) -> Final:

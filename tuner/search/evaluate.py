@@ -138,8 +138,9 @@ def splits_for_batch(
 ) -> tuple[int, ...]:
     """Split counts to time on every bucket of one batch size, at most MAX_SPLITS.
 
-    A choice for all contexts must have been timed on all of them, so the buckets share one list: the most promising
-    counts of each context, first the longest's, in turns.
+    A choice for all contexts must have been timed on all of them, so the buckets share one list: the two most
+    promising counts of the longest context (one may be the rule's that balances reading and merging, the other fills
+    the GPU), then the counts of each context in turns.
     """
     if config.problem.op != "decode":
         return (1,)
@@ -151,4 +152,4 @@ def splits_for_batch(
         for c in contexts
     ]
     turns = [c[i] for i in range(max(map(len, per_context))) for c in per_context if i < len(c)]
-    return tuple(dict.fromkeys(turns))[:MAX_SPLITS]
+    return tuple(dict.fromkeys((*per_context[0][:2], *turns)))[:MAX_SPLITS]
