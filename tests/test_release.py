@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -60,6 +61,16 @@ def test_what_a_step_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.Mo
     while time.monotonic() < deadline and lives(int(pid)):
         time.sleep(0.05)
     assert not lives(int(pid))
+
+
+def test_another_thread_can_stop_what_runs(tmp_path: Path) -> None:
+    stop, start = threading.Event(), time.monotonic()
+    threading.Timer(1.0, stop.set).start()
+    code = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    with (tmp_path / "log").open("w") as file:
+        assert command.run_bounded([sys.executable, "-c", code], file, 50.0, stop=stop) is None
+        assert command.run_bounded([sys.executable, "-c", "pass"], file, 50.0, stop=threading.Event()) == 0
+    assert time.monotonic() - start < 10 and not lives(int((tmp_path / "log").read_text()))
 
 
 def lives(pid: int) -> bool:

@@ -12,11 +12,12 @@ from analytic_search import BUCKETS, PROBLEM, TARGET, TRIALS, TUNED, Analytic, r
 from tuner.errors import TunerError
 from tuner.report.rows import rows
 from tuner.search.constraints import space_for
+from tuner.search.evaluate import Time
 from tuner.search.sampler import FeasibleSampler, distributions, params_of
 from tuner.space import Config, default_config, get_space, seed_config
 from tuner.suits import CacheOrder, refusal
-from tuner.table import lookup, read, verify
-from tuner.workload import Shape
+from tuner.table import explain, lookup, read, verify
+from tuner.workload import Bucket, Shape
 
 
 def test_end_to_end(tmp_path: Path) -> None:
@@ -125,6 +126,23 @@ def test_a_batch_ends_with_the_time_and_what_is_left_of_it_comes_first_later(tmp
     _, later, _ = search(tmp_path, trials=8, batch_size=8)
     rest = [c for kind, _, _, configs in slow.log[:1] for c in configs if kind == "build" and c not in slow.scored()]
     assert later.scored()[: len(rest)] == rest and len(rest) >= 4
+
+
+def test_a_batch_whose_longest_request_is_known_gets_what_serves_ragged_ones_too(tmp_path: Path) -> None:
+    class Ragged(Analytic):
+        """Many splits suit equal lengths a little better, and unequal ones far worse."""
+
+        def time(self, config: Config, bucket: Bucket, splits: int) -> Time:
+            us = super().time(config, bucket, 1).median_us
+            if splits == 8 and bucket.batch > 8:
+                us *= 3.0 if bucket.ragged else 0.9
+            return Time(us, 0.99 * us, 1.01 * us)
+
+    result, _, _ = search(tmp_path, Ragged(tmp_path))
+    splits = {(e.batch, e.timing.context, e.timing.ragged): e.splits for e in result.table.by_batch_and_context}
+    assert (splits[16, 1024, False], splits[16, 65536, False], splits[16, 65536, True]) == (8, 1, 1)
+    said = explain(result.table, 16, 65536).lines[-1]
+    assert "slower where only the longest request" in said
 
 
 def test_races_share_their_time_by_size_and_end_in_it(tmp_path: Path) -> None:
