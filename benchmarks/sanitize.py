@@ -3,20 +3,22 @@
     python benchmarks/sanitize.py --tables build/tables                  # all that are for the attached GPU
     python benchmarks/sanitize.py --tools memcheck --timeout 300         # what fits; without --tables: the package's
 
-One line per kernel and tool, --jobs of them at a time; the tool's whole output is kept in --work. Ends with 1 where a
-tool reports anything, or where a kernel was left out for want of time.
+One line per kernel and tool. Kernels of a table share a process, since starting one takes longest, and where a tool
+reports anything each gets its own; --jobs processes at a time, whose whole output is kept in --work. Ends with 1 where
+a tool reports anything, or where a kernel was left out for want of time.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +35,8 @@ from tuner.table.store import PACKAGE_TABLES  # noqa: E402
 TOOLS = ("memcheck", "racecheck")
 _FOUND = 9
 """Exit status of compute-sanitizer where it reports something."""
+_TOGETHER = 5
+"""Kernels that a process takes."""
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
 
 
@@ -59,11 +63,21 @@ def subjects(folder: Path, arch: str) -> Iterator[Subject]:
             yield Subject(table, kernel, path.parent / "kernels" / f"{kernel.id}.cubin")
 
 
-def command(tool: str, sanitizer: str, subject: Subject) -> list[str]:
-    """Runs the gate on ``subject`` under ``tool``."""
-    config = json.dumps(subject.kernel.config(subject.table.problem).to_dict())
-    child = [sys.executable, str(Path(__file__).resolve()), "--child", config, str(subject.cubin)]
-    return [sanitizer, "--tool", tool, "--error-exitcode", str(_FOUND), *child, str(subject.table.kv_heads)]
+def groups(found: Iterable[Subject]) -> Iterator[list[Subject]]:
+    """``found`` in runs of one table, of at most _TOGETHER."""
+    for _, run in itertools.groupby(found, key=lambda s: s.table.file_name):
+        rest = list(run)
+        yield from (rest[i : i + _TOGETHER] for i in range(0, len(rest), _TOGETHER))
+
+
+def command(tool: str, sanitizer: str, group: Sequence[Subject]) -> list[str]:
+    """Runs the gate on every kernel of ``group`` under ``tool``."""
+    words = []
+    for subject in group:
+        config = json.dumps(subject.kernel.config(subject.table.problem).to_dict())
+        words += [config, str(subject.cubin), str(subject.table.kv_heads)]
+    child = [sys.executable, str(Path(__file__).resolve()), "--child", *words]
+    return [sanitizer, "--tool", tool, "--error-exitcode", str(_FOUND), *child]
 
 
 def summary(text: str) -> str:
@@ -72,21 +86,24 @@ def summary(text: str) -> str:
     return found[-1].strip() if found else "no summary"
 
 
-def gate(config: str, cubin: str, kv_heads: str) -> int:
-    """The child: the gate's smallest cases, on the GPU."""
+def gate(words: Sequence[str]) -> int:
+    """The child: the gate's smallest cases, on the GPU, for every (configuration, cubin, KV heads) of ``words``."""
     from tuner.measure.child import Child
     from tuner.measure.parent import end_with_parent
 
     end_with_parent()
-    request = {"config": json.loads(config), "cubin": cubin, "level": "tiny", "kv_heads": int(kv_heads)}
-    answer = Child(0, 16, None, 0).check(request)
-    print(answer)
-    return 0 if isinstance(answer, dict) else 1
+    child, failed = Child(0, 16, None, 0), 0
+    for config, cubin, kv_heads in zip(*[iter(words)] * 3, strict=True):
+        request = {"config": json.loads(config), "cubin": cubin, "level": "tiny", "kv_heads": int(kv_heads)}
+        answer = child.check(request)
+        print(answer, flush=True)
+        failed += not isinstance(answer, dict)
+    return 1 if failed else 0
 
 
 def run(args: argparse.Namespace) -> int:
     if args.child:
-        return gate(*args.child)
+        return gate(args.child)
     tools = args.tools.split(",")
     unknown = [t for t in tools if t not in TOOLS]
     if unknown:
@@ -95,32 +112,43 @@ def run(args: argparse.Namespace) -> int:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         raise TunerError("no compute-sanitizer on the PATH: it comes with the CUDA toolkit")
-    args.work.mkdir(parents=True, exist_ok=True)
-    asked = [(s, t) for s in subjects(args.tables, target.arch) for t in tools]
-    deadline, stop = time.monotonic() + args.timeout, threading.Event()
+    asked = [(g, t) for g in groups(subjects(args.tables, target.arch)) for t in tools]
+    found = examine_all(asked, sanitizer, args.work, args.jobs, args.timeout)
+    number = sum(len(group) for group, _ in asked)
+    print(f"{sum(found)} of {len(found)} clean; {number - len(found)} not run; logs in {args.work}")
+    return 0 if sum(found) == number else 1
 
-    def examine(subject: Subject, tool: str) -> int | None:
-        """Exit status of the tool; None where the time was over."""
+
+def examine_all(
+    asked: Sequence[tuple[Sequence[Subject], str]], sanitizer: str, work: Path, jobs: int, timeout_s: float
+) -> list[bool]:
+    """Of each kernel and tool that there was time for, whether it is clean; a line on each."""
+    work.mkdir(parents=True, exist_ok=True)
+    deadline, stop = time.monotonic() + timeout_s, threading.Event()
+
+    def examine(group: Sequence[Subject], tool: str) -> list[bool]:
         left = deadline - time.monotonic()
         if left <= 0 or stop.is_set():
-            return None
-        log = args.work / f"{subject.kernel.id}-{tool}.log"
+            return []
+        more = f"-and-{len(group) - 1}-more" if len(group) > 1 else ""
+        log = work / f"{group[0].kernel.id}-{tool}{more}.log"
         with log.open("w") as file:
-            status = run_bounded(command(tool, sanitizer, subject), file, left, stop=stop)
-        if status is not None:
-            word = "clean" if status == 0 else "FOUND"
+            status = run_bounded(command(tool, sanitizer, group), file, left, stop=stop)
+        if status and len(group) > 1:
+            return [clean for subject in group for clean in examine([subject], tool)]
+        if status is None:
+            return []
+        for subject in group:
+            word = "FOUND" if status else "clean"
             print(f"{word} {tool:9} {subject.name}: {summary(log.read_text())}", flush=True)
-        return status
+        return [status == 0] * len(group)
 
-    pool = ThreadPoolExecutor(args.jobs)
+    pool = ThreadPoolExecutor(jobs)
     try:
-        found = [f.result() for f in [pool.submit(examine, *a) for a in asked]]
+        return [clean for f in [pool.submit(examine, *a) for a in asked] for clean in f.result()]
     finally:
         stop.set()  # an interrupt ends what runs, and nothing else begins
         pool.shutdown(cancel_futures=True)
-    done, clean = sum(status is not None for status in found), found.count(0)
-    print(f"{clean} of {done} clean; {len(asked) - done} not run; logs in {args.work}")
-    return 0 if clean == len(asked) else 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -128,9 +156,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tables", type=Path, default=PACKAGE_TABLES, help="folder of tables (the package's)")
     made.add_argument("--tools", default=",".join(TOOLS), help=f"list (default: {','.join(TOOLS)})")
     made.add_argument("--timeout", type=float, default=600.0, help="seconds for all (600)")
-    made.add_argument("--jobs", type=int, default=4, help="programs at a time (4)")
+    made.add_argument("--jobs", type=int, default=4, help="processes at a time (4)")
     made.add_argument("--work", type=Path, default=Path("build/sanitize"), help="where logs go")
-    made.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    made.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     return made
 
 

@@ -17,7 +17,7 @@ from benchmarks.release import STEPS, Step, argv, carry_out, chosen, publish
 from tuner.cli.tune import command as tune_command
 from tuner.errors import UsageError
 from tuner.table import read, verify
-from tuner.table.store import FOLDER_VARIABLE
+from tuner.table.store import FOLDER_VARIABLE, PACKAGE_TABLES
 
 
 def step(name: str, code: str, seconds: float = 60) -> Step:
@@ -126,13 +126,36 @@ def test_sanitizers_get_the_kernels_of_the_attached_gpu(tmp_path: Path) -> None:
     make_table(tmp_path)
     (subject,) = sanitize.subjects(tmp_path, "sm_121")
     assert list(sanitize.subjects(tmp_path, "sm_90")) == []
-    words = sanitize.command("racecheck", "/bin/compute-sanitizer", subject)
+    words = sanitize.command("racecheck", "/bin/compute-sanitizer", [subject])
     assert words[:3] == ["/bin/compute-sanitizer", "--tool", "racecheck"] and words[-2:] == [str(subject.cubin), "8"]
     config = json.loads(words[words.index("--child") + 1])
     assert config["head_dim"] == 128 and config["params"] == dict(subject.kernel.params)
     text = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
     assert sanitize.summary(f"noise\n{text}\n") == "0 hazards displayed (0 errors, 0 warnings)"
     assert sanitize.summary("crashed") == "no summary"
+
+
+def test_a_kernel_that_is_reported_is_told_apart_from_those_it_ran_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a program in the sanitizer's place that reports one of the cubins it is given."""
+    subjects = list(sanitize.subjects(PACKAGE_TABLES, "sm_90"))
+    parts = list(sanitize.groups(subjects))
+    assert [s for part in parts for s in part] == subjects and max(map(len, parts)) == 5
+    assert all(len({s.table.file_name for s in part}) == 1 for part in parts)
+    group = next(part for part in parts if len(part) >= 3)
+    tool, guilty = tmp_path / "sanitizer", group[1]
+    tool.write_text(
+        f"#!{sys.executable}\nimport sys\nfound = {str(guilty.cubin)!r} in sys.argv\n"
+        "print('========= ERROR SUMMARY:', int(found), 'errors')\nsys.exit(9 * found)\n"
+    )
+    tool.chmod(0o755)
+    found = sanitize.examine_all([(group, "memcheck"), (group[:1], "racecheck")], str(tool), tmp_path / "w", 2, 60)
+    assert found == [s is not guilty for s in group] + [True]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(group) + 1
+    assert [line for line in lines if line.startswith("FOUND")] == [f"FOUND memcheck  {guilty.name}: 1 errors"]
+    assert sanitize.examine_all([(group, "memcheck")], str(tool), tmp_path / "w", 1, 0) == []
 
 
 @pytest.mark.parametrize("name", ["release.py", "sanitize.py"])
