@@ -83,7 +83,12 @@ def run_bounded(
 def ended(run: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser) -> int:
     """Exit code of ``run``; 1 where it failed and 2 for bad usage, with one line on standard error."""
     try:
-        return run(parser.parse_args())
+        status = run(parser.parse_args())
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except TunerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1

@@ -54,6 +54,7 @@ def _tune(name: str, options: str, search_s: int, races_s: int) -> Step:
 
 _GRID = ("benchmarks/decode_grid.py", "--tables", "TABLES", "--work", "WORK/grid")
 _WARPS = ("tune.py", "--head-dim", "256", "--op", "dequant", "--warps", "1,2,4,8,16")
+_SANITIZE = ("--jobs", "12", "--timeout", "240")
 STEPS = (
     Step("gpu-tests", "tests", ("-m", "pytest", "-q", "-m", "gpu", "--durations=15"), 400),
     _tune("d128-g4", "--head-dim 128", 60, 60),
@@ -68,7 +69,7 @@ STEPS = (
     _tune("d256-g8-k8v4", "--head-dim 256 --kv-cache-dtype turboquant_k8v4", 40, 45),
     _tune("store-d128", "--head-dim 128 --op store", 30, 20),
     Step("grid", "grid", (*_GRID, "--timeout", "520"), 580),
-    Step("memcheck", "sanitize", ("benchmarks/sanitize.py", "--tables", "TABLES", "--jobs", "12", "--timeout", "240"), 300),
+    Step("sanitize", "sanitize", ("benchmarks/sanitize.py", "--tables", "TABLES", *_SANITIZE), 300),
     Step("dequant-warps", "layouts", (*_WARPS, "--timeout", "60", "--race-timeout", "30"), 150),
     Step("store", "store", ("benchmarks/store.py", "--head-dims", "128", "--tables", "TABLES"), 120),
     Step("incremental", "store", ("benchmarks/incremental.py", "--quick"), 90),
