@@ -175,6 +175,8 @@ def show_recorded(path: Path) -> int:
             say(line(result))
         found = verdicts(results)
         conclude(results, found)
+    except BrokenPipeError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__} {error}: expected what this command writes"
         raise UsageError(f"--recorded {path}: {reason}") from None
