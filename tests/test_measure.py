@@ -65,6 +65,12 @@ def test_channel_answers_and_keeps_its_process(channel_of: Callable[[list[str]],
     assert channel.pid == pid
     channel.close()
     assert channel.pid is None
+    channel.start()
+    started = channel.pid
+    assert started and channel.request("add", {"x": 3}, 20) == 4
+    channel.start()
+    assert channel.pid == started
+    channel.close()
     channel.close()
     assert channel.request("add", {"x": 3}, 20) == 4
 

@@ -83,7 +83,9 @@ def test_baselines_are_those_of_the_op_unless_named(evaluator: MeasuredEvaluator
 def test_without_a_gpu_every_answer_is_a_failure(evaluator: MeasuredEvaluator, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here: this is what a machine without one answers")
+    assert evaluator._measurer.channel.pid is None
     candidate = evaluator.build([CONFIG])[0]
+    assert evaluator._measurer.channel.pid, "it starts while the first kernels are compiled"
     assert isinstance(candidate, Candidate), candidate
     assert candidate.registers > 0 and Path(candidate.cubin).is_file()
     answers = (

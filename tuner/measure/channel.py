@@ -42,10 +42,14 @@ class Channel:
         """Process id of the living child, None where there is none."""
         return self._process.pid if self._process and self._process.poll() is None else None
 
-    def request(self, op: str, payload: Mapping[str, Any], timeout_s: float) -> Any | Failure:
-        """The child's result, or why there is none. After a crash, a time-out or nonsense the child is gone."""
+    def start(self) -> None:
+        """Starts the child where there is none, ahead of a request that would wait for it. Raises TunerError."""
         if self.pid is None:
             self._start()
+
+    def request(self, op: str, payload: Mapping[str, Any], timeout_s: float) -> Any | Failure:
+        """The child's result, or why there is none. After a crash, a time-out or nonsense the child is gone."""
+        self.start()
         process = self._process
         assert process is not None and process.stdin is not None
         self._count += 1

@@ -88,6 +88,10 @@ class Measurer:
     ) -> None:
         self.close()
 
+    def start(self) -> None:
+        """Starts the child, whose imports take seconds, ahead of its first request. Raises TunerError."""
+        self.channel.start()
+
     def close(self) -> None:
         """Ends the child; harmless when there is none."""
         self.channel.close()

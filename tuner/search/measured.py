@@ -35,10 +35,13 @@ class MeasuredEvaluator:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._measurer = Measurer(request.device, log=log, seed=request.seed)
         self._groups = batches(request.buckets)
-        self._raced = False
+        self._begun = self._raced = False
         self.fingerprint = compiled.fingerprint(request.target.arch)
 
     def build(self, configs: Sequence[Config]) -> list[Candidate | Failure]:
+        if not self._begun:  # from then on others may be talking to it
+            self._begun = True
+            self._measurer.start()
         return self._compiler.build(configs)
 
     def score(self, candidate: Candidate, best: Timings | None) -> Scored | Failure:
