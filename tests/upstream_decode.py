@@ -39,6 +39,8 @@ def decode(**call: Any) -> Tensor:
     query, cache = call["query"], call["kv_cache"]
     preset = preset_of(call, query.shape[2])
     layer = Layer(LayerFacts(query.shape[2], query.shape[1], cache.shape[2], preset, call["scale"]))
+    layer.prepare(query.device, "upstream")
+    layer.reserve(query.shape[0], query.dtype)
     out = layer.decode(query, cache, call["block_table"], call["seq_lens"], call["centroids"], None)
     assert out is not None, layer.reason
     served.append(preset)
