@@ -278,7 +278,8 @@ class _Outcome:
     screened: dict[Point, float]
     """Times of all candidates of the study, from the ranking runs."""
     known: dict[Point, Time]
-    """Times of the portfolio's points: of the race where they ran in it, else of the ranking runs."""
+    """Times of the portfolio's points: of the race where they ran in it, else of the ranking runs, and none of what
+    failed in the race."""
 
     @staticmethod
     def of(
@@ -296,12 +297,12 @@ class _Outcome:
             return _Outcome(bucket, limit, known, winner, False, {}, screened, known)
         points, final = raced
         times = {p: t for p, t in zip(points, final.times, strict=True) if t}
+        able = {p: t for p, t in known.items() if p not in points} | times  # what failed in the race is no choice
         choice = plan.by_batch.get(bucket.batch)
         if choice and (choice.kernel, choice.splits) not in times:
             # It fell out of the race; its ranking time is the best that is known.
             times[choice.kernel, choice.splits] = known[choice.kernel, choice.splits]
-        winner, rivals = points[final.winner], final.baselines_us
-        return _Outcome(bucket, limit, times, winner, final.tie, rivals, screened, known | times)
+        return _Outcome(bucket, limit, times, points[final.winner], final.tie, final.baselines_us, screened, able)
 
     def serving(self, ragged: _Outcome, portfolio: Sequence[int]) -> _Outcome:
         """With another point where that takes less time over both buckets together, by more than the tolerance."""
