@@ -21,7 +21,8 @@ from tuner.targets import Target, attached
 
 _STOP_S = 15.0
 """Time that a command gets to end after it was interrupted."""
-_STOP_CHECK_S = 0.2
+_CHECK_S = 0.1
+"""Between looks at the time and at whether to stop."""
 
 
 def attached_gpu(index: int) -> Target:
@@ -60,18 +61,15 @@ def run_bounded(
     on the GPU. An interrupt of the caller is passed on in the same way. ``stop``: once set, by another thread, the
     command is killed.
     """
-    deadline = time.monotonic() + limit_s
+    deadline, stop = time.monotonic() + limit_s, stop or threading.Event()
     child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=cwd, env=env, process_group=0)
     try:
-        while stop is None or not stop.is_set():
-            left_s = deadline - time.monotonic()
+        while time.monotonic() < deadline and not stop.is_set():
             with suppress(subprocess.TimeoutExpired):
-                return child.wait(max(0.0, left_s if stop is None else min(left_s, _STOP_CHECK_S)))
-            if left_s <= 0:
-                break
+                return child.wait(_CHECK_S)
         return None
     finally:
-        if child.poll() is None and not (stop and stop.is_set()):
+        if child.poll() is None and not stop.is_set():
             os.killpg(child.pid, signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 child.wait(_STOP_S)

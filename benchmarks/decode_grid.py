@@ -114,10 +114,10 @@ def write(path: Path, device: str, driver: str | None, results: Sequence[Result]
 
 
 def run(args: argparse.Namespace) -> int:
-    from tuner.measure import Measurer
-
     if args.recorded is not None:
         return show_recorded(args.recorded)
+    from tuner.measure import Measurer
+
     asked = read_points(args)
     if args.arch is not None:
         return predict(args, asked)

@@ -25,7 +25,11 @@ from tuner.render import (
     templates_digest,
 )
 from tuner.space import Problem, default_config, seed_config
+from tuner.table import read
+from tuner.table.install import TABLE_PATTERN
+from tuner.table.store import PACKAGE_TABLES
 
+TABLES = sorted(PACKAGE_TABLES.glob(TABLE_PATTERN))
 REPO = Path(__file__).resolve().parent.parent
 DECODE = default_config(Problem("decode", 128, 4, "turboquant_4bit_nc"))
 
@@ -164,3 +168,11 @@ def test_templates_of_an_installed_package(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout.split() == [str(site / "tuner" / "templates"), templates_digest()]
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_kernels_that_come_with_the_package_render_as_they_were_recorded(path: Path) -> None:
+    """A change of the templates is a new value of an axis: what was timed can still be read, and exported."""
+    table = read(path, cubins=False)
+    for kernel in table.kernels:
+        assert render(kernel.config(table.problem)).digest == kernel.source_digest, kernel.id

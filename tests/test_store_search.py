@@ -192,8 +192,7 @@ def test_vllms_store_writes_what_the_gate_expects_but_for_its_own_rounding(cache
     """Its values divide approximately and its keys are rotated by cuBLAS: few indices differ from ours, by one step."""
     from tuner import store
     from tuner.baselines import StoreInputs
-    from tuner.check_store import _ordered as fp16_ordered
-    from tuner.check_store import store_case
+    from tuner.check_store import ordered_halves, store_case
     from tuner.reference.codec import unpack_indices
 
     problem = Problem("store", 128, 1, cache_format)
@@ -212,5 +211,5 @@ def test_vllms_store_writes_what_the_gate_expects_but_for_its_own_rounding(cache
         steps = (unpack_indices(a, row) - unpack_indices(b, row)).abs()
         assert steps.max() <= 1 and float((steps > 0).float().mean()) < 1e-3
         for offset in filter(None, (row.norm_offset, row.scale_offset, row.zero_offset)):
-            ulps = (fp16_ordered(a, offset) - fp16_ordered(b, offset)).abs()
+            ulps = (ordered_halves(a, offset) - ordered_halves(b, offset)).abs()
             assert ulps.max() <= 1

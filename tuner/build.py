@@ -226,8 +226,8 @@ def build(
     """Compiles every source for every arch; results by (digest, arch). What was built before is not built again.
 
     ``progress(done, total)`` counts results. ``cancel``: once set, by another thread, the compilers are ended; what
-    they had finished is kept. Raises ToolchainError where there is no compiler, UsageError for an
-    unknown arch, TunerError where ``root`` is not writable, ninja itself fails or the build was cancelled.
+    they had finished is kept. Raises ToolchainError where there is no compiler, UsageError for an unknown arch,
+    TunerError where ``root`` is not writable, ninja itself fails or the build was cancelled.
     """
     archs = tuple(dict.fromkeys(archs))
     for arch in archs:

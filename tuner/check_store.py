@@ -214,7 +214,7 @@ def _compare_coded(side: str, row: RowLayout, a: Tensor, b: Tensor, rows: Tensor
     ours, theirs = _indices(a, row), _indices(b, row)
     steps = ours - theirs
     where = steps.nonzero(as_tuple=True)
-    norms = _ordered(a, row.norm_offset) - _ordered(b, row.norm_offset)
+    norms = ordered_halves(a, row.norm_offset) - ordered_halves(b, row.norm_offset)
     other = norms.nonzero(as_tuple=True)
     found = Difference(steps[..., : row.coefficients].numel(), len(where[0]), norms=len(other[0]))
     if not torch.equal(a[..., : 2 * row.outliers], b[..., : 2 * row.outliers]):
@@ -234,7 +234,7 @@ def _compare_coded(side: str, row: RowLayout, a: Tensor, b: Tensor, rows: Tensor
     if found.farthest > 1:
         moved = f"{int((shares > 1).sum())} indices moved"
         return replace(found, fault=f"{side}: {moved}, up to {found.farthest:.3g} x as far as rounding can")
-    if not bool(_may_round_to(norm[..., 0], _ordered(a, row.norm_offset))[other].all()):
+    if not bool(_may_round_to(norm[..., 0], ordered_halves(a, row.norm_offset))[other].all()):
         return replace(found, fault=f"{side}: a norm is further off than rounding can bring it")
     return found
 
@@ -281,7 +281,7 @@ def _indices(data: Tensor, row: RowLayout) -> Tensor:
     return (string << torch.arange(row.bits, dtype=torch.uint8, device=data.device)).sum(-1, dtype=torch.int64)
 
 
-def _ordered(data: Tensor, offset: int | None) -> Tensor:
+def ordered_halves(data: Tensor, offset: int | None) -> Tensor:
     """The fp16 field at byte ``offset`` as a number that counts fp16's steps; both zeros are 0."""
     assert offset is not None
     bits = data[..., offset].long() | data[..., offset + 1].long() << 8

@@ -106,8 +106,8 @@ def split_candidates(
     """Values of ``splits`` worth timing, the most promising first (about three).
 
     A persistent grid divides evenly, so it wants to fill the GPU once (or half, where merging costs more than
-    idling). The grid schedule wants whole waves: the CTAs of all requests and heads together come
-    near a multiple of what the GPU holds at once. Neither wants more splits than balance reading and merging.
+    idling). The grid schedule wants whole waves: the CTAs of all requests and heads together come near a multiple of
+    what the GPU holds at once. Neither wants more splits than balance reading and merging.
     """
     plan = DecodePlan(config)
     resident = max(1, target.resident_ctas(config["warps"], registers, plan.shared_bytes)) * target.sms
@@ -127,7 +127,8 @@ def split_candidates(
 
 _STEP_US = 1.0
 _MERGED_BYTES_PER_US = 56e3
-"""Rough times on an H200 (docs/kernel-notes.md): a step of a CTA, and what one CTA alone reads of partial results."""
+"""Rough times on an H200 (docs/kernel-notes.md): a step of a CTA, and what one CTA alone reads of partial results (32
+bytes per cycle, as the static model has it)."""
 
 
 def _balanced_splits(plan: DecodePlan, steps: int) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from itertools import pairwise
+from collections.abc import Sequence
 
 from tuner.build import Built
 from tuner.errors import TunerError, UsageError
@@ -61,28 +62,27 @@ def _quotas(config: Config, bucket: Bucket, splits: int) -> tuple[list[tuple[int
     plan = DecodePlan(config)
     least = plan.token_warps * plan.tiles
     groups = [-(-n // GROUP_TOKENS) for n in bucket.lengths()]
-    pieces = splits
-    if config["schedule"] != "grid":
-        quota = max(-(-sum(groups) // splits), least)
-        if config["schedule"] == "share":
-            lengths = [(-(-quota // least) + k) * least for k in range(plan.beginning_steps + 1)]
-            length = next((n for n in lengths if sum(-(-g // n) for g in groups) <= splits), None)
-            if length is not None:
-                shared = [(-(-g // length), min(length, g)) for g in groups if g]
-                return shared, [n for n, _ in shared]
-            pieces = 0
-        else:
-            pieces = splits // bucket.batch
-        if not pieces or _piece(max(groups), pieces, least) > quota + plan.beginning_steps * least:
-            ctas = -(-sum(groups) // quota)
-            ends = [0]
-            for g in groups:
-                ends.append(ends[-1] + g)
-            again = Counter(b // quota for b in set(ends[1:-1]) if b % quota)  # how often a CTA begins anew
-            often = Counter(again.values()) + Counter({0: ctas - len(again)})
-            shares = [(number, quota + times * plan.beginning_steps * least) for times, number in often.items()]
-            return shares, [-(-b // quota) - a // quota for a, b in pairwise(ends)]
-    shared = [(-(-g // _piece(g, pieces, least)), min(_piece(g, pieces, least), g)) for g in groups if g]
+    if config["schedule"] == "grid":
+        return _cut(groups, [_piece(g, splits, least) for g in groups])
+    quota = max(-(-sum(groups) // splits), least)
+    pieces = splits // bucket.batch
+    if config["schedule"] == "share":
+        lengths = ((-(-quota // least) + k) * least for k in range(plan.beginning_steps + 1))
+        length = next((n for n in lengths if sum(-(-g // n) for g in groups) <= splits), None)
+        if length is not None:
+            return _cut(groups, [length] * len(groups))
+    elif pieces and _piece(max(groups), pieces, least) <= quota + plan.beginning_steps * least:
+        return _cut(groups, [_piece(g, pieces, least) for g in groups])
+    ends = list(itertools.accumulate(groups, initial=0))
+    again = Counter(b // quota for b in set(ends[1:-1]) if b % quota)  # how often a CTA begins anew
+    often = Counter(again.values()) + Counter({0: -(-ends[-1] // quota) - len(again)})
+    shares = [(number, quota + times * plan.beginning_steps * least) for times, number in often.items()]
+    return shares, [-(-b // quota) - a // quota for a, b in itertools.pairwise(ends)]
+
+
+def _cut(groups: Sequence[int], lengths: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
+    """As ``_quotas``, where each request is cut into pieces of its length."""
+    shared = [(-(-g // n), min(n, g)) for g, n in zip(groups, lengths, strict=True) if g]
     return shared, [n for n, _ in shared]
 
 

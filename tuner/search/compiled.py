@@ -36,9 +36,9 @@ class Compiler:
             except TunerError as error:
                 rendered.append(Failure("compile", str(error)))
         sources = {s.digest: s for s in rendered if isinstance(s, Source)}
-        results = {}
-        if sources:
-            results = build(sources.values(), [self.arch], root=self.root, jobs=self.jobs, cancel=self._cancel)
+        results = (
+            build(sources.values(), [self.arch], root=self.root, jobs=self.jobs, cancel=self._cancel) if sources else {}
+        )
         answer: list[Candidate | Failure] = []
         for source in rendered:
             if isinstance(source, Failure):

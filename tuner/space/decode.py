@@ -178,9 +178,11 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     replicated = "replicated" if problem.layout.format.key_codebook else "table"
     spread = "spread" if problem.layout.format.key_codebook and key.bits == 4 else replicated
     bulk: dict[str, Value] = {"load": "bulk", "head_warps": kv_heads, "schedule": "share", "dim_warps": dims}
-    if kv_heads > 8:  # more than a CTA takes: as many of them as divide all and lie in whole 16 bytes
-        rows = (h for h in (8, 4, 2) if kv_heads % h == 0 and h * problem.layout.slot_bytes % 16 == 0)
-        bulk |= {"load": "bulk_rows", "head_warps": next(rows, kv_heads)}
+    allowed = {axis.name: axis.values for axis in AXES}
+    if kv_heads not in allowed["head_warps"]:  # then as many as divide all and lie in whole 16 bytes
+        counts = [int(h) for h in allowed["head_warps"]]
+        parts = [h for h in counts if kv_heads % h == 0 and h * problem.layout.slot_bytes % 16 == 0]
+        bulk |= {"load": "bulk_rows", "head_warps": max(parts, default=kv_heads)}
     alone: dict[str, Value] = {"load": "cp_async", "tokens": 16, "dim_warps": dims}
     wanted = (
         bulk | {"warps": 16, "tokens": 32, "lookup": replicated},
@@ -201,7 +203,6 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         bulk | {"warps": 8, "lookup": replicated, "min_ctas": 2},
         alone | {"warps": 4, "stages": 4},
     )
-    allowed = {axis.name: axis.values for axis in AXES}
     return tuple(dict.fromkeys(_config(problem, **w) for w in wanted if all(v in allowed[n] for n, v in w.items())))
 
 

@@ -167,7 +167,7 @@ def _leads(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     eight = [
         _config(problem, chunks=wide, sides=s, min_ctas=8, **staged | {"store_bytes": 8}) for s in ("turns", "together")
     ]
-    crowded = [c for c in eight if _register_estimate(c) <= 64]
+    crowded = [c for c in eight if _register_estimate(c) <= 64]  # of 64 K registers, by 8 CTAs of 4 warps
     return (
         _config(problem, chunks=wide, rows=2, **staged),
         *crowded,

@@ -176,5 +176,5 @@ def _runner_up_line(entry: BatchEntry | BucketEntry) -> str:
         return "runner-up: none, no other kernel was timed here"
     verdict = "not to be told apart, so the simpler or shared kernel stands" if r.tie else f"{r.ratio:.3f} x as long"
     if r.ratio < 1 and not r.tie:
-        verdict += " here, but slower where only the longest request has this length"
+        verdict += " here, but slower for other lengths that this entry serves"
     return f"runner-up: {verdict}: splits {r.splits}, " + " ".join(f"{n}={v}" for n, v in r.params)
