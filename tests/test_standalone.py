@@ -72,7 +72,8 @@ def decode_configs() -> list[Config]:
     """One of each kind that the launch must tell apart."""
     plain = default_config(DECODE)
     bulk = plain.with_(load="bulk", load_bytes=16, head_warps=4, schedule="stream")
-    return [plain, bulk, plain.with_(reduction="tree"), plain.with_(load="direct", stages=1, reduction="kernel")]
+    direct = plain.with_(load="direct", stages=1, reduction="kernel")
+    return [plain, bulk, plain.with_(reduction="tree"), direct, bulk.with_(load="bulk_rows", head_warps=8, warps=8)]
 
 
 def all_tables(arch: str = "sm_90") -> list[Table]:
@@ -119,7 +120,7 @@ def test_a_prediction_is_called_one(tmp_path: Path) -> None:
 def test_what_was_not_timed_is_refused(tmp_path: Path) -> None:
     table = make_table(decode_configs())
     stale = replace(table, kernels=(replace(table.kernels[0], source_digest="0" * 64), *table.kernels[1:]))
-    with pytest.raises(TunerError, match=r"1 of 4 kernels were made from other templates .*tune again.*commit abab"):
+    with pytest.raises(TunerError, match=r"1 of 5 kernels were made from other templates .*tune again.*commit abab"):
         export_standalone([stale], tmp_path / "wph")
     assert not (tmp_path / "wph").exists()
 
@@ -266,6 +267,46 @@ def test_machine_code_is_that_of_the_timed_kernel(project: Path, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     ours, theirs = disassemble([(cubin, None), (timed.cubin, None)])
     assert ours.opcodes == theirs.opcodes and ours.registers == theirs.registers == timed.registers
+
+
+_ORDERS = """
+#include "cache.h"
+using namespace wph_test;
+// Prints a kernel per line, and for each cache of the tests 1 where the kernel can read it.
+int main() {
+    const wph::Tables tables = wph::all_tables();
+    const std::vector<Spec> specs = all_specs();
+    for (const wph::Table *table = tables.tables; table < tables.tables + tables.count; ++table) {
+        if (table->op != wph::DECODE) continue;
+        for (int i = table->first_kernel; i < table->first_kernel + table->kernel_count; ++i) {
+            std::printf("%s", tables.kernels[i].name);
+            for (const Spec &spec : specs) {
+                const Cache cache(*find_layout(table->format, table->head_dim), spec, table->kv_heads, 0);
+                wph_decode_params p = {};
+                cache.describe_order(p);
+                std::printf(" %d", wph::reads(tables.kernels[i], p));
+            }
+            std::puts("");
+        }
+    }
+}
+"""
+
+
+def test_every_kernel_is_run_on_a_cache_that_it_reads(project: Path, tmp_path: Path) -> None:
+    """A bulk copy of half of the heads of a token reads caches with heads before tokens only."""
+    (tmp_path / "orders.cu").write_text(_ORDERS)
+    objects = [str(p) for p in (project / "build").rglob("src/sm_90/*.o")]
+    sources = [str(tmp_path / "orders.cu"), "src/dispatch.cu", *(f"src/{op}.cu" for op in OPS)]
+    flags = ("-std=c++17", "-arch=sm_90", "-Xcompiler=-Wall,-Wextra,-Werror", "-Iinclude", "-Isrc", "-Itest")
+    done = shell(bare_environment()["CUDACXX"], *flags, *sources, *objects, "-o", str(tmp_path / "orders"), cwd=project)
+    assert done.returncode == 0, done.stderr
+    done = shell(str(tmp_path / "orders"), cwd=project)
+    found = {name: reads for name, *reads in map(str.split, done.stdout.splitlines())}
+    token_major, head_major = ["1", "1", "0", "0"], ["0", "0", "1", "1"]
+    both = ["1"] * 4
+    kernels = (f"decode_d128_g4_4bit_nc_{letter}" for letter in "abcde")
+    assert found == dict(zip(kernels, (both, head_major, both, both, token_major), strict=True))
 
 
 # --- the reference in C++ ---------------------------------------------------------------------------------------------

@@ -60,16 +60,24 @@ struct Spec {
     std::vector<int> lengths;
     int block_size;
     bool bf16, wide_ids;  // types of query and output; of block ids: int64 or int32
+    bool head_major;      // what lies side by side in a block: a head's tokens, or a token's heads
 };
 
+// Both memory orders, each with both types.
 inline std::vector<Spec> all_specs() {
-    return {{{0, 1, 15, 16, 17, 700}, 16, true, false}, {{333, 31, 0, 33}, 32, false, true}};
+    std::vector<Spec> specs;
+    for (bool head_major : {false, true}) {
+        specs.push_back({{0, 1, 15, 16, 17, 700}, 16, true, false, head_major});
+        specs.push_back({{333, 31, 0, 33}, 32, false, true, head_major});
+    }
+    return specs;
 }
 
 inline std::string describe(const Spec &spec) {
     std::string text = "lengths";
     for (int length : spec.lengths) text += " " + std::to_string(length);
-    return text + ", block size " + std::to_string(spec.block_size) + (spec.bf16 ? ", bf16" : ", fp16");
+    text += ", block size " + std::to_string(spec.block_size) + (spec.bf16 ? ", bf16" : ", fp16");
+    return text + (spec.head_major ? ", heads before tokens" : "");
 }
 
 class Cache {
@@ -91,10 +99,18 @@ public:
     std::vector<unsigned char> bytes;
     std::vector<double> keys, values;  // what was encoded, [tokens of all requests, kv_heads, head_dim]
 
-    long long head_stride() const { return layout.slot_bytes; }
-    long long token_stride() const { return kv_heads * head_stride(); }
-    long long plane_stride() const { return layout.planes ? spec.block_size * token_stride() : 0; }
-    long long block_stride() const { return spec.block_size * token_stride() * (layout.planes ? 2 : 1); }
+    long long head_stride() const { return layout.slot_bytes * (spec.head_major ? spec.block_size : 1LL); }
+    long long token_stride() const { return layout.slot_bytes * (spec.head_major ? 1LL : kv_heads); }
+    long long plane_stride() const { return layout.planes ? plane_bytes() : 0; }
+    long long block_stride() const { return plane_bytes() * (layout.planes ? 2 : 1); }
+
+    // Where slots lie, as a kernel is told.
+    template <typename Params>
+    void describe_order(Params &p) const {
+        p.block_stride = block_stride(), p.plane_stride = plane_stride();
+        p.token_stride = token_stride(), p.head_stride = head_stride();
+        p.block_size = spec.block_size, p.kv_heads = kv_heads;
+    }
 
     std::vector<double> key(int request, int token, int head) const {
         return decode(layout, layout.key, layer, bytes.data() + slot(request, token, head));
@@ -121,6 +137,8 @@ public:
 
 private:
     std::mt19937 random_;
+
+    long long plane_bytes() const { return static_cast<long long>(layout.slot_bytes) * kv_heads * spec.block_size; }
 
     void make_layer() {
         if (layout.planes) {
@@ -197,9 +215,7 @@ public:
     template <typename Params>
     void describe_slots(Params &p) const {
         p.kv_cache = bytes_.get();
-        p.block_stride = cache_.block_stride(), p.plane_stride = cache_.plane_stride();
-        p.token_stride = cache_.token_stride(), p.head_stride = cache_.head_stride();
-        p.block_size = cache_.spec.block_size, p.kv_heads = cache_.kv_heads;
+        cache_.describe_order(p);
         p.centroids = centroids_.get();
         p.signs = cache_.layer.signs.empty() ? nullptr : signs_.get();
         p.channels = cache_.layer.channels.empty() ? nullptr : channels_.get();
