@@ -114,6 +114,17 @@ def test_what_no_kernel_serves() -> None:
     assert StoreLayer(128, 8, "turboquant_k8v4").reason is None
 
 
+def test_a_switch_keeps_vllms_store_and_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WPH_STORE", "0")
+    layer = StoreLayer(128, 8, "turboquant_4bit_nc")
+    layer.prepare(torch.device("cuda"))
+    assert layer.reason == "WPH_STORE is 0" and layer.dispatch is None
+    rows = torch.zeros(1, 8, 128)
+    assert not layer.store(rows, rows, torch.zeros(1, 16, 8, 134), torch.zeros(1, dtype=torch.int64), torch.zeros(16))
+    monkeypatch.setenv("WPH_STORE", "1")
+    assert StoreLayer(128, 8, "turboquant_4bit_nc").reason is None
+
+
 def test_calls_that_are_not_ours_say_so_and_write_nothing() -> None:
     layer = StoreLayer(64, 2, "turboquant_4bit_nc")
     key = torch.ones(3, 2, 64, dtype=torch.bfloat16)

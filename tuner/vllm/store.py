@@ -1,10 +1,11 @@
 """One layer's store at run time: new keys and values to the compressed cache, or back to vLLM's own launches.
 
-Only a table's kernels run here: a store without one stays vLLM's.
+Only a table's kernels run here: a store without one stays vLLM's, and so does every store with ``WPH_STORE=0``.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -64,6 +65,9 @@ class StoreLayer:
         self.problem: Problem | None = None
         self.reason: str | None = None
         self._launches = Launches()
+        if os.environ.get("WPH_STORE") == "0":
+            self.reason = "WPH_STORE is 0"
+            return
         if cache_format not in VLLM_PRESETS:
             self.reason = f"no store for cache format {cache_format}: expected {', '.join(VLLM_PRESETS)}"
             return
