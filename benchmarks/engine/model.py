@@ -16,7 +16,20 @@ ENDING = 16
 
 @dataclass(frozen=True)
 class Model:
-    """A Qwen3-like model. ``sharpness``: standard deviation of the scores before softmax."""
+    """A Qwen3-like model.
+
+    ``sharpness``: standard deviation of the scores before softmax. Attention over random keys averages values, the
+    more the longer the context: with 1.5 it leaves so little of them that prompts of 32768 tokens continue alike.
+    Logits of two prompts apart, and of a bf16 run from an fp32 one, rms, in a model of 28 layers with hidden size 512
+    and 4 heads on the CPU:
+
+    | sharpness | 64 tokens | 512 | 2048 | 32768 | bf16, 512 |
+    | 1.5 | 2.2 | 1.4 | 0.8 | 0.2 | 0.04 |
+    | 2.5 | 2.7 | 2.1 | 1.5 | 0.5 | 0.06 |
+    | 3.0 | 2.9 | 2.5 | 2.0 | 1.0 | 0.09 |
+
+    In vLLM, with 1.5, the same 8 tokens followed both prompts of 1 in 992 pairs of 2048 tokens, of 12 in 56 of 32640.
+    """
 
     head_dim: int = 128
     q_heads: int = 32
@@ -24,7 +37,7 @@ class Model:
     layers: int = 28
     hidden: int = 2048
     intermediate: int = 2048
-    sharpness: float = 1.5
+    sharpness: float = 3.0
     max_length: int = 33280
 
 
@@ -63,8 +76,7 @@ def write_checkpoint(model: Model, work: Path) -> Path:
     norm = torch.full((model.head_dim,), model.sharpness**0.5).bfloat16()
     ones = torch.ones(model.hidden).bfloat16()
     q_size, kv_size = model.q_heads * model.head_dim, model.kv_heads * model.head_dim
-    # What attention writes decides the next token, yet rounding grows little from layer to layer: with these gains a
-    # bf16 run departs from an fp32 one by some 0.02 in logprob, while two prompts depart from each other by 2.
+    # What attention writes decides the next token, yet rounding grows little from layer to layer (Model's figures).
     output_gain = 1.7 * model.layers**-0.5
     weights = {
         "model.embed_tokens.weight": normal(VOCABULARY, model.hidden, model.hidden**0.5),
