@@ -52,6 +52,9 @@ def run_engines(args: argparse.Namespace, formats: list[str]) -> dict[str, dict[
     for cache_format in formats:
         for kind in args.kinds.split(","):
             engine = plan.engine_for(base, kind, cache_format)
+            if kind == "ours_own_store" and not results[cache_format].get("ours", {}).get("our_store", True):
+                say(f"{engine.key}: not run, ours has vLLM's store as well")
+                continue
             left = deadline - time.monotonic()
             result = launch(engine, args.work, checkpoint, tables, left) if left > _LEAST_S else None
             if result is None:
@@ -69,7 +72,10 @@ def report(results: dict[str, dict[str, Any]], shape: str) -> tuple[str, list[st
         for kind, result in by_kind.items():
             state = "" if result["complete"] else ", not complete"
             started = f"imports {result['import_s']:.1f} s, engine started in {result['start_s']:.1f} s"
-            ours = f", of which our kernels {result['plugin_s']:.2f} s" if kind == "ours" else ""
+            ours = ""
+            if kind == "ours":
+                store = "ours" if result["our_store"] else "vLLM's"
+                ours = f", of which our kernels {result['plugin_s']:.2f} s; the store is {store}"
             lines.append(f"- {kind}: vLLM {result['vllm']}, {result['device']}: {started}{ours}{state}")
             if kind == "ours" and result["plugin_s"] > START_UP_LIMIT_S:
                 took = f"our start-up took {result['plugin_s']:.2f} s"
@@ -90,7 +96,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tables", type=Path, help="folder with dispatch tables and kernels/")
     made.add_argument("--formats", default="turboquant_4bit_nc,turboquant_k8v4")
     made.add_argument("--shape", default="128:32:8", help="head dim : query heads : KV heads")
-    made.add_argument("--kinds", default=",".join(plan.KINDS[:4]), help=f"of {', '.join(plan.KINDS)}")
+    made.add_argument("--kinds", default=",".join(plan.KINDS[:5]), help=f"of {', '.join(plan.KINDS)}")
     made.add_argument("--budget", type=float, default=3600, help="seconds for all engines together")
     made.add_argument("--kv-cache-gib", type=int, default=0, help="cache of each engine; 0: what vLLM takes")
     made.add_argument("--compiled", action="store_true", help="with torch.compile, as vLLM starts by default")

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,31 +35,31 @@ def result(shift: float = 0.0, *, tokens: int = 64, sequences: int = 4, **change
     """An engine whose sequences are distinct and whose logprobs are ``shift`` off."""
     top = [[step(100 * s + i, -1.0 + shift) for i in range(tokens)] for s in range(sequences)]
     entries = [{"set": 0, "attempt": a, "top": top} for a in ("computed", "prefix cached")]
-    facts = {"accuracy": entries, "speed": [], "used_ours": True, "complete": True, "plugin_s": 0.5}
+    facts = {"accuracy": entries, "speed": [], "used_ours": True, "our_store": False, "complete": True, "plugin_s": 0.5}
     return facts | {"import_s": 9.0, "start_s": 20.0, "vllm": "0.24.0", "device": "a GPU"} | changes
 
 
 def parted(at: int, gap: float) -> dict[str, Any]:
-    """An engine that leaves ``result()``'s first sequence at ``at`` for the runner-up, which was ``gap`` worse."""
+    """An engine that leaves ``result()``'s first sequence at ``at`` for the runner-up, which it prefers by ``gap``."""
     changed = json.loads(json.dumps(result()))
     for entry in changed["accuracy"]:
-        entry["top"][0][at] = step(900, -1.0 - gap)
+        entry["top"][0][at] = step(900, -1.0, at, gap)
     return changed
 
 
-def tied(gap: float, at: int = 30) -> dict[str, Any]:
-    """``result()`` with a runner-up ``gap`` behind at one place."""
-    changed = result()
+def tied(gap: float, at: int = 30, shift: float = 0.0) -> dict[str, Any]:
+    """``result(shift)`` with a runner-up ``gap`` behind at one place."""
+    changed = result(shift)
     for entry in changed["accuracy"]:
-        entry["top"][0][at] = step(at, -1.0, 900, gap)
+        entry["top"][0][at] = step(at, -1.0 + shift, 900, gap)
     return changed
 
 
 def test_engines_do_what_is_compared() -> None:
     engines = {kind: plan.engine_for(BASE, kind, FORMAT) for kind in plan.KINDS}
     assert engines["ours"].accuracy == engines["own"].accuracy and engines["ours"].speed == engines["own"].speed
-    assert engines["bf16"].accuracy == () and engines["bf16"].options()["kv_cache_dtype"] == "auto"
-    assert engines["own_other_splits"].speed == ()
+    assert engines["bf16"].options()["kv_cache_dtype"] == "auto" and engines["bf16"].accuracy and engines["bf16"].speed
+    assert engines["own_other_splits"].speed == engines["ours_own_store"].speed == ()
     assert engines["own_other_splits"].options()["attention_config"] == {plan.SPLIT_OPTION: plan.OTHER_SPLITS}
     assert engines["ours_speculative"].options()["speculative_config"]["num_speculative_tokens"] == 3
     assert len({e.key for e in engines.values()}) == len(engines)
@@ -125,27 +126,29 @@ def test_a_record_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 def test_equal_engines_agree() -> None:
     same = agreement(result(), result(0.01))
-    assert (same.sequences, same.equal, same.parting, same.widest_tie) == (8, 1.0, 0.0, 0.0)
-    assert same.p99_logprob == pytest.approx(0.01)
+    assert (same.sequences, same.equal, same.parting) == (8, 1.0, 0.0)
+    assert same.p99_logprob == pytest.approx(0.01) and same.widest_shift == pytest.approx(0.0)
 
 
 def test_a_difference_is_a_tie_or_a_fault() -> None:
     close = agreement(tied(0.005), parted(30, 0.005))
     assert close.equal == 0.75 and close.parting == pytest.approx(1 / (3 * 64 + 30 + 1))
-    assert close.widest_tie == pytest.approx(0.005)
+    assert close.widest_shift == pytest.approx(0.01)  # from 0.005 behind to as much ahead
+    assert agreement(tied(0.25), tied(0.75)).widest_shift == pytest.approx(0.5)  # where both choose the same, too
     assert math.isinf(agreement(result(sequences=1), result(sequences=1, accuracy=[
         {"set": 0, "attempt": "computed", "top": [[step(5, -1.0) for _ in range(64)]]}
-    ])).widest_tie)  # fmt: skip
+    ])).widest_shift)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("ours", "word"),
     [
-        (result(0.01), None),
+        (tied(0.005, 40, 0.01), None),
         (parted(40, 0.005), None),
-        (result(0.2), "logprobs differ"),
-        (parted(60, 1.0), "held for clearly worse"),
-        (result(used_ours=False), "not in every graph"),
+        (tied(0.005, 40, 0.2), "logprobs further apart"),
+        (tied(0.5, 40), "shifts two candidates"),
+        (parted(40, 0.5), "shifts two candidates"),
+        (tied(0.005, 40) | {"used_ours": False}, "not in every graph"),
         (None, "an engine is missing"),
     ],
 )
@@ -161,13 +164,32 @@ def test_tokens_that_leave_early_fail() -> None:
     for entry in early["accuracy"]:
         entry["top"] = [[step(7, -1.0)] * 64 for _ in entry["top"]]
     _, failures = accuracy_verdict({"ours": early, "own": result(), "own_other_splits": result()})
-    assert any("more often than" in f for f in failures)
+    assert any("part more often than" in f for f in failures)
+
+
+def test_our_store_is_held_against_an_uncompressed_cache() -> None:
+    """It may leave vLLM's tokens, but those of an uncompressed cache no more often than vLLM's store does."""
+    engines = {"own": parted(20, 0.5), "own_other_splits": parted(20, 0.5), "bf16": result()}
+    ours = parted(22, 0.5) | {"our_store": True}
+    own_store = {"ours_own_store": parted(20, 0.5)}
+    assert accuracy_verdict(engines | own_store | {"ours": ours})[1] == []
+    far = result(0.5) | {"our_store": True}
+    assert accuracy_verdict(engines | own_store | {"ours": far})[1] == [
+        "an uncompressed cache and ours have logprobs further apart than that and vLLM's"
+    ]
+    assert accuracy_verdict(engines | {"ours": ours})[1] == [
+        "no engine with our decode kernel and vLLM's store: decoding not compared"
+    ]
+    del engines["bf16"]
+    assert accuracy_verdict(engines | own_store | {"ours": ours})[1] == [
+        "no tokens with an uncompressed cache: our store not compared"
+    ]
 
 
 def test_prompts_that_continue_alike_prove_nothing() -> None:
     alike = result(accuracy=[{"set": 0, "attempt": "computed", "top": [[step(5, -1.0)] * 64] * 4}])
     _, failures = accuracy_verdict({"ours": alike, "own": alike, "own_other_splits": alike})
-    assert any("attention does not decide" in f for f in failures)
+    assert any("attention does not decide" in f and "1 of the 4 prompts of set 0" in f for f in failures)
 
 
 def times(*steps: tuple[int, int, float]) -> dict[str, Any]:
@@ -197,6 +219,46 @@ def test_the_report_says_what_is_missing() -> None:
     assert all(f"MISSED: {f}" in text for f in failures)
 
 
+@pytest.mark.parametrize(("our_store", "whose"), [(True, "ours"), (False, "vLLM's")])
+def test_vllms_store_runs_apart_where_ours_has_another(
+    our_store: bool, whose: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+
+    def launch_nothing(engine: plan.Engine, *_: Any) -> dict[str, Any]:
+        launched.append(engine.kind)
+        return result(our_store=our_store and engine.kind == "ours")
+
+    monkeypatch.setattr(vllm_engine, "launch", launch_nothing)
+    monkeypatch.setattr(vllm_engine, "attached_gpu", lambda _: SimpleNamespace(arch="sm_90"))
+    for name in ("write_checkpoint", "gather_tables", "add_default_kernels"):
+        monkeypatch.setattr(vllm_engine, name, lambda *_: tmp_path)
+    args = vllm_engine.parser().parse_args(["--work", str(tmp_path), "--formats", FORMAT])
+    found = vllm_engine.run_engines(args, [FORMAT])
+    assert launched == list(found[FORMAT]) == [k for k in plan.KINDS[:5] if our_store or k != "ours_own_store"]
+    text, failures = vllm_engine.report(found, "128:32:8")
+    assert f"the store is {whose}" in text
+    assert not any("compared" in f for f in failures)
+
+
+@pytest.mark.parametrize(
+    ("line", "ours"),
+    [
+        ("INFO wph: store of 24 layers: table of NVIDIA H100 80GB HBM3 (measured)", True),
+        ("INFO wph: store of 1 layer: table of NVIDIA H100 80GB HBM3 (measured)", True),
+        ("INFO wph: store of 24 layers: vLLM's: WPH_STORE is 0", False),
+    ],
+)
+def test_the_log_says_whose_store_runs(line: str, ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(engine: plan.Engine, out: Path, log: Path, *_: Any) -> None:
+        log.write_text(line)
+        out.write_text(json.dumps({"complete": False}))
+
+    monkeypatch.setattr(launch, "_run", run)
+    found = launch.launch(plan.engine_for(BASE, "ours", FORMAT), tmp_path, tmp_path, tmp_path, 30)
+    assert found is not None and found["our_store"] is ours
+
+
 def test_ours_must_be_in_every_graph() -> None:
     engine = plan.engine_for(replace(BASE, model=replace(BASE.model, layers=6), max_batch=2), "ours", FORMAT)
     lines = [f"INFO wph: layers.{i}: batch {b} in a graph: table, kernel x" for i in (2, 3) for b in (1, 2)]
@@ -207,9 +269,12 @@ def test_ours_must_be_in_every_graph() -> None:
 
 def test_only_ours_sees_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WPH_DISABLE", "1")
+    monkeypatch.setenv("WPH_STORE", "0")
     ours = launch.environment(plan.engine_for(BASE, "ours", FORMAT), tmp_path / "tables", tmp_path)
     own = launch.environment(plan.engine_for(BASE, "own", FORMAT), tmp_path / "tables", tmp_path)
     assert "WPH_DISABLE" not in ours and own["WPH_DISABLE"] == "1"
+    own_store = launch.environment(plan.engine_for(BASE, "ours_own_store", FORMAT), tmp_path / "tables", tmp_path)
+    assert "WPH_STORE" not in ours and own_store["WPH_STORE"] == "0" and "WPH_DISABLE" not in own_store
     assert ours["VLLM_TUNED_CONFIG_FOLDER"] == str(tmp_path / "tables")
     found = [p for p in ours["PYTHONPATH"].split(os.pathsep) if (Path(p) / "wph_tuner-0.dist-info").is_dir()]
     assert bool(found) != launch.installed()

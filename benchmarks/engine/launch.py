@@ -21,6 +21,7 @@ from benchmarks.grid.points import parse_shape
 
 ROOT = Path(__file__).resolve().parents[2]
 _IN_GRAPH = re.compile(r"wph: (\S+): batch (\d+) in a graph: ")
+_OUR_STORE = re.compile(r"wph: store of \d+ layers?: table of ")
 _LOADING = re.compile(r"wph: kernels of \d+ layers verified and loaded in ([\d.]+) s")
 _WORTH_SAYING = re.compile(r"wph: (?!\S+: batch )|Graph capturing finished|[Cc]ompil\w+ takes|Model loading took")
 _STOP_S = 20
@@ -32,7 +33,10 @@ def say(text: str) -> None:
 
 
 def environment(engine: Engine, tables: Path, work: Path) -> dict[str, str]:
-    """Of the engine's process: ours with the tables, everything else without the plugin, nobody on the network."""
+    """Of the engine's process: ours with the tables, everything else without the plugin, nobody on the network.
+
+    ``ours_own_store`` keeps vLLM's store.
+    """
     env = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_TUNED_CONFIG_FOLDER": str(tables),
@@ -41,9 +45,12 @@ def environment(engine: Engine, tables: Path, work: Path) -> dict[str, str]:
         "WPH_LOG": "debug",
     }
     env.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
-    env.pop("WPH_DISABLE", None)
+    for switch in ("WPH_DISABLE", "WPH_STORE"):
+        env.pop(switch, None)
     if not engine.kind.startswith("ours"):
         env["WPH_DISABLE"] = "1"
+    if engine.kind == "ours_own_store":
+        env["WPH_STORE"] = "0"
     path = [str(ROOT), *([str(entry_point(work))] if not installed() else []), os.environ.get("PYTHONPATH", "")]
     return env | {"PYTHONPATH": os.pathsep.join(p for p in path if p)}
 
@@ -92,7 +99,8 @@ def launch(engine: Engine, work: Path, checkpoint: Path, tables: Path, timeout_s
         for line in dict.fromkeys(part for part in text.splitlines() if _WORTH_SAYING.search(part)):
             say(f"  {line}")
         if out.is_file():
-            said = {"used_ours": used_ours(text, engine), "plugin_s": sum(map(float, _LOADING.findall(text)))}
+            said = {"used_ours": used_ours(text, engine), "our_store": bool(_OUR_STORE.search(text))}
+            said |= {"plugin_s": sum(map(float, _LOADING.findall(text)))}
             out.write_text(json.dumps(json.loads(out.read_text()) | said))
         if not is_complete(out):
             say(f"{engine.key}: not complete; the log ends with\n" + "\n".join(text.splitlines()[-25:]))

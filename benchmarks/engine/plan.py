@@ -11,9 +11,9 @@ from typing import Any
 from benchmarks.engine.model import Model
 from benchmarks.grid.points import parse_shape
 
-KINDS = ("ours", "own", "own_other_splits", "bf16", "ours_speculative")
-"""Ours; vLLM's kernel; the same with another number of splits, which rounds differently; an uncompressed cache; ours
-with speculative decoding."""
+KINDS = ("ours", "own", "own_other_splits", "ours_own_store", "bf16", "ours_speculative")
+"""Ours; vLLM's kernels; the same with another number of splits, which rounds differently; our decode kernel on a cache
+that vLLM's store writes; an uncompressed cache; ours with speculative decoding."""
 OTHER_SPLITS = 24
 """vLLM's own number is 32."""
 SPLIT_OPTION = "tq_max_kv_splits_for_cuda_graph"
@@ -112,8 +112,8 @@ def base(shape: str, *, quick: bool, compiled: bool, kv_cache_gib: int) -> Engin
 
 def engine_for(plan: Engine, kind: str, cache_format: str) -> Engine:
     """``plan`` for one kind: what is not compared is left out."""
-    if kind == "bf16":  # one for all formats; its tokens are another cache's
-        return replace(plan, kind=kind, cache_format="auto", accuracy=())
-    if kind in ("own_other_splits", "ours_speculative"):
+    if kind == "bf16":  # one for all formats
+        return replace(plan, kind=kind, cache_format="auto")
+    if kind in ("own_other_splits", "ours_own_store", "ours_speculative"):
         return replace(plan, kind=kind, cache_format=cache_format, speed=())
     return replace(plan, kind=kind, cache_format=cache_format)
