@@ -171,7 +171,7 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
 
     Large batches: bulk copies of all KV heads, the pair table shared by many warps, tokens divided evenly (by quotas
     in what won; pieces of requests, which spare ragged batches a second beginning, came later and stand beside them).
-    Small batches: every SM gets a piece of one head, with many copies in flight.
+    Small batches: every SM gets a piece of one head; channels divided among warps shorten a step, branches the merging.
     """
     dims = default_config(problem)["dim_warps"]
     key = problem.layout.key
@@ -184,22 +184,28 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         parts = [h for h in counts if kv_heads % h == 0 and h * problem.layout.slot_bytes % 16 == 0]
         bulk |= {"load": "bulk_rows", "head_warps": max(parts, default=kv_heads)}
     alone: dict[str, Value] = {"load": "cp_async", "tokens": 16, "dim_warps": dims}
+    sliced = alone | {"warps": 8, "dim_warps": 2 * dims}
     wanted = (
         bulk | {"warps": 16, "tokens": 32, "lookup": replicated},
         bulk | {"warps": 8, "tokens": 32, "lookup": spread},
-        alone | {"warps": 8, "stages": 4, "lookup": spread},
-        alone | {"warps": 8, "stages": 4, "lookup": spread, "reduction": "tree"},
+        alone | {"warps": 8, "lookup": spread},
+        sliced | {"lookup": spread, "reduction": "tree"},
+        sliced | {"lookup": spread},
         bulk | {"warps": 8, "tokens": 32, "lookup": spread, "reduction": "tree"},
+        alone | {"warps": 8, "stages": 4, "lookup": spread, "reduction": "tree"},
         bulk | {"warps": 16, "lookup": spread},
+        alone | {"warps": 4, "lookup": replicated, "stages": 4, "min_ctas": 2, "schedule": "share"},
+        alone | {"warps": 16, "dim_warps": 4 * dims, "reduction": "tree"},
         bulk | {"warps": 16, "tokens": 32, "lookup": replicated, "schedule": "stream"},
         bulk | {"warps": 8, "tokens": 32, "lookup": spread, "schedule": "stream"},
-        alone | {"warps": 4, "lookup": replicated, "stages": 4, "min_ctas": 2, "schedule": "share"},
+        sliced | {"lookup": "prmt"},
+        alone | {"warps": 8, "stages": 4, "lookup": spread},
+        sliced | {"tokens": 32, "lookup": spread, "reduction": "tree"},
         bulk | {"warps": 8, "lookup": spread},
-        alone | {"warps": 16, "stages": 2, "lookup": spread},
+        alone | {"warps": 16, "lookup": spread},
         bulk | {"warps": 8, "tokens": 32, "lookup": replicated},
         bulk | {"warps": 8, "dim_warps": 2 * dims, "lookup": spread},
         bulk | {"warps": 8, "stages": 3, "lookup": replicated},
-        alone | {"warps": 8, "dim_warps": 2 * dims, "tokens": 32, "lookup": replicated},
         bulk | {"warps": 8, "lookup": replicated, "min_ctas": 2},
         alone | {"warps": 4, "stages": 4},
     )
