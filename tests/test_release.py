@@ -158,6 +158,22 @@ def test_a_kernel_that_is_reported_is_told_apart_from_those_it_ran_with(
     assert sanitize.examine_all([(group, "memcheck")], str(tool), tmp_path / "w", 1, 0) == []
 
 
+def test_where_racecheck_reports_the_control_kernels_with_such_barriers_are_unsure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subjects = list(sanitize.subjects(PACKAGE_TABLES, "sm_90"))
+    sliced = next(s for s in subjects if s.named_barriers)
+    whole = next(s for s in subjects if not s.named_barriers)
+    tool = tmp_path / "sanitizer"
+    tool.write_text(f"#!{sys.executable}\nprint('========= RACECHECK SUMMARY: 3 hazards')\nraise SystemExit(9)\n")
+    tool.chmod(0o755)
+    asked = [([sliced], "racecheck"), ([sliced], "memcheck"), ([whole], "racecheck")]
+    for unsure, expected in ((True, [True, False, False]), (False, [False, False, False])):
+        assert sanitize.examine_all(asked, str(tool), tmp_path, 1, 60, unsure=unsure) == expected
+        words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+        assert words == ["unsure" if ok else "FOUND" for ok in expected]
+
+
 @pytest.mark.parametrize("name", ["release.py", "sanitize.py"])
 def test_without_a_gpu_one_line_says_so(name: str, tmp_path: Path) -> None:
     import torch
