@@ -27,6 +27,10 @@ from tuner.targets import get_target
 TARGET = get_target("sm_90")
 SPACE = get_space("store")
 WARPS = (1, 2, 4, 8, 16)
+STORES: tuple[dict[str, int | str], ...] = (
+    {"store": "direct", "store_bytes": 4},
+    *({"store": "staged", "store_bytes": n} for n in (4, 8, 16)),
+)
 
 
 def covering_configs(format_name: str, head_dim: int) -> list[Config]:
@@ -98,6 +102,22 @@ def test_matrix(format_name: str, head_dim: int) -> None:
 
 
 @needs_gxx
+@pytest.mark.parametrize("head_dim", [d for d in HEAD_DIMS if d >= 128])
+@pytest.mark.parametrize("format_name", ["turboquant_4bit_nc", "turboquant_3bit_nc"])
+def test_rotation_by_products(format_name: str, head_dim: int) -> None:
+    """Every number of lanes that hold a row, both dtypes, and rows whose squares fp32 does not hold."""
+    configs = [
+        problem_config(format_name, head_dim, transform="tensor", chunks=chunks, search="cells", **how)
+        for chunks, how in ((2, STORES[0]), (2, STORES[2]), (4, STORES[3]))
+        if head_dim // (8 * chunks) in (8, 16, 32)
+    ]
+    compiled(*configs)
+    for i, config in enumerate(configs):
+        for dtype in (torch.bfloat16, torch.float16):
+            check(config, small_case(format_name, head_dim, tokens=22, kv_heads=1 + i, dtype=dtype), seed=i)
+
+
+@needs_gxx
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_gate(format_name: str) -> None:
     config = default_config(Problem("store", 128, 1, format_name))
@@ -123,9 +143,6 @@ def test_indices_hardly_ever_move() -> None:
 
 def problem_config(format_name: str, head_dim: int, **changes: int | str) -> Config:
     return default_config(Problem("store", head_dim, 1, format_name)).with_(**changes)
-
-
-STORES = ({"store": "direct", "store_bytes": 4}, *({"store": "staged", "store_bytes": n} for n in (4, 8, 16)))
 
 
 ODD_PLACES = (
@@ -215,10 +232,18 @@ def test_block_sizes(block_size: int) -> None:
 
 
 @needs_gxx
-@pytest.mark.parametrize("format_name", ["turboquant_k8v4", "turboquant_3bit_nc", "turboquant_seed_dense"])
-def test_extremes_saturate(format_name: str) -> None:
+@pytest.mark.parametrize(
+    ("format_name", "changes"),
+    [
+        ("turboquant_k8v4", {}),
+        ("turboquant_3bit_nc", {}),
+        ("turboquant_3bit_nc", {"transform": "tensor", "chunks": 2}),
+        ("turboquant_seed_dense", {}),
+    ],
+)
+def test_extremes_saturate(format_name: str, changes: dict[str, int | str]) -> None:
     """Norms, scales and zero points beyond fp16, squares and ranges beyond fp32, and zeros."""
-    config = problem_config(format_name, 128)
+    config = problem_config(format_name, 128, **changes)
     case = small_case(format_name, 128, tokens=12)
     factors = torch.tensor([0.0, 1e-30, 1e-9, 1e-4, 500.0, 7e4, 1e10, 1e25, 3e37, 1e38, -1e5, 1.0])
     key, value = (
@@ -277,10 +302,11 @@ def test_no_cell_holds_two_midpoints_of_the_formats(bits: int, head_dim: int) ->
 
 
 @needs_gxx
+@pytest.mark.parametrize("transform", ["shuffle", "tensor"])
 @pytest.mark.parametrize("search", ["select", "cells"])
-def test_rows_with_nan_or_infinity_harm_no_other(search: str) -> None:
-    config = problem_config("turboquant_4bit_nc", 64, search=search)
-    case = small_case("turboquant_4bit_nc", 64)
+def test_rows_with_nan_or_infinity_harm_no_other(search: str, transform: str) -> None:
+    config = problem_config("turboquant_4bit_nc", 128, search=search, transform=transform, chunks=2)
+    case = small_case("turboquant_4bit_nc", 128)
     broken = replace(case, key=case.key.clone(), value=case.value.clone())
     broken.key[3, 0], broken.value[3, 0] = float("nan"), float("inf")
     ours, clean = twin(case.before), twin(case.before)
@@ -363,7 +389,8 @@ def test_replay_with_other_rows_and_slots_than_at_capture() -> None:
 def test_default_and_seed_layouts_do_not_spill(arch: str) -> None:
     problems = [Problem("store", 128, 1, f) for f in FORMATS]
     problems += [Problem("store", 512, 1, f) for f in ("turboquant_4bit_nc", "turboquant_seed")]
-    configs = [default_config(p) for p in problems] + [seed_config(problems[1])]
+    products = problem_config("turboquant_4bit_nc", 128, transform="tensor", chunks=2, search="cells", **STORES[2])
+    configs = [default_config(p) for p in problems] + [seed_config(problems[1]), products]
     results = build([render(c) for c in configs], [arch])
     assert len(results) == len(configs)
     for built in results.values():

@@ -69,14 +69,16 @@ void meet(int id, int threads, const char *name, int line) {
     release(warp);
 }
 
-void multiply_accumulate(Warp &warp) {
+void multiply_accumulate(Warp &warp, Element element) {
     float a[16][16], b[16][8];
     for (unsigned lane = 0; lane < kLanes; ++lane) {
         const unsigned group = lane / 4, pair = lane % 4 * 2;
         const std::uint32_t *word = warp.in[lane];
         for (unsigned half = 0; half < 2; ++half) {
             const auto value = [&](unsigned i) {
-                return half_value(static_cast<unsigned short>(word[i] >> (16 * half) & 0xffffu));
+                const unsigned bits = word[i] >> (16 * half) & 0xffffu;
+                if (element == Element::bfloat) return bits_to_float(bits << 16);
+                return half_value(static_cast<unsigned short>(bits));
             };
             a[group][pair + half] = value(0);
             a[group + 8][pair + half] = value(1);
@@ -160,13 +162,13 @@ void sync_threads(int id, int threads, const char *name, int line) {
     happens_after(token);
 }
 
-void mma(float *c, const unsigned (&ab)[6], int line) {
+void mma(float *c, const unsigned (&ab)[6], Element element, const char *name, int line) {
     const unsigned self = current->index;
     Warp &warp = *current->warp;
     std::memcpy(warp.in[self], ab, sizeof ab);
     std::memcpy(warp.in[self] + 6, c, 4 * sizeof(float));
-    if (join("mma_16816", line)) {
-        multiply_accumulate(warp);
+    if (join(name, line)) {
+        multiply_accumulate(warp, element);
         release(warp);
     }
     std::memcpy(c, warp.out[self], 4 * sizeof(float));

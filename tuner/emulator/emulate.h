@@ -75,7 +75,8 @@ void yield_lane();
 // same token, which is any address. For the sanitizer only.
 void happens_before(const void *token);
 void happens_after(const void *token);
-void mma(float *c, const unsigned (&ab)[6], int line);
+enum class Element { half, bfloat };
+void mma(float *c, const unsigned (&ab)[6], Element element, const char *name, int line);
 unsigned transpose(unsigned v, int line);
 unsigned shared_address(const void *p, int line);
 unsigned load_shared(unsigned address, int line);
@@ -93,6 +94,8 @@ unsigned short half_from_e4m3(unsigned char v);
 unsigned char e4m3_bits(float v);
 float sum_down(float a, float b);
 unsigned permute_bytes(unsigned a, unsigned b, unsigned selector);
+// The lesser, or the greater, of each half: of a number and NaN the number, and -0 is less than 0.
+unsigned choose_halves(Element element, bool greater, unsigned a, unsigned b);
 enum class Half2 { add, subtract, multiply, fma };
 unsigned half2_arithmetic(Half2 kind, unsigned a, unsigned b, unsigned c);
 
@@ -133,6 +136,7 @@ WPH_DEVICE unsigned prmt(unsigned a, unsigned b, unsigned selector) { return wph
 WPH_DEVICE unsigned funnel_right(unsigned lo, unsigned hi, int shift) {
     return static_cast<unsigned>((static_cast<unsigned long long>(hi) << 32 | lo) >> (shift & 31));
 }
+WPH_DEVICE int count_bits(unsigned v) { return __builtin_popcount(v); }
 
 // --- warp and CTA -------------------------------------------------------------------------------------------------
 WPH_DEVICE float shuffle_xor(float v, int mask, WPH_LINE) {
@@ -159,6 +163,12 @@ WPH_DEVICE int shuffle_up(int v, int delta, WPH_LINE) {
 }
 WPH_DEVICE bool vote_any(bool v, WPH_LINE) { return wph::ballot(v, "vote_any", line) != 0; }
 WPH_DEVICE unsigned vote_ballot(bool v, WPH_LINE) { return wph::ballot(v, "vote_ballot", line); }
+WPH_DEVICE unsigned reduce_or(unsigned v, WPH_LINE) {
+    for (int mask = 1; mask < 32; mask *= 2) {
+        v |= wph::shuffle_word(wph::Shuffle::exclusive_or, v, mask, "reduce_or", line);
+    }
+    return v;
+}
 WPH_DEVICE void trap() { __builtin_trap(); }
 WPH_DEVICE void sync_warp(WPH_LINE) { wph::sync_warp(line); }
 WPH_DEVICE void sync_cta(WPH_LINE) { wph::sync_threads(0, 0, "sync_cta", line); }
@@ -191,6 +201,10 @@ WPH_DEVICE unsigned h2_mul(unsigned a, unsigned b) { return wph::half2_arithmeti
 WPH_DEVICE unsigned h2_fma(unsigned a, unsigned b, unsigned c) {
     return wph::half2_arithmetic(wph::Half2::fma, a, b, c);
 }
+WPH_DEVICE unsigned h2_min(unsigned a, unsigned b) { return wph::choose_halves(wph::Element::half, false, a, b); }
+WPH_DEVICE unsigned h2_max(unsigned a, unsigned b) { return wph::choose_halves(wph::Element::half, true, a, b); }
+WPH_DEVICE unsigned bf2_min(unsigned a, unsigned b) { return wph::choose_halves(wph::Element::bfloat, false, a, b); }
+WPH_DEVICE unsigned bf2_max(unsigned a, unsigned b) { return wph::choose_halves(wph::Element::bfloat, true, a, b); }
 WPH_DEVICE unsigned h2_from_e4m3(unsigned short v) {
     return static_cast<unsigned>(wph::half_from_e4m3(static_cast<unsigned char>(v >> 8))) << 16 |
            wph::half_from_e4m3(static_cast<unsigned char>(v & 0xffu));
@@ -212,7 +226,11 @@ WPH_DEVICE float reciprocal_sqrt(float v) { return 1.0f / sqrtf(fabsf(v) < 0x1p-
 // --- matrix -------------------------------------------------------------------------------------------------------
 WPH_DEVICE void mma_16816(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1,
                           WPH_LINE) {
-    wph::mma(c, {a0, a1, a2, a3, b0, b1}, line);
+    wph::mma(c, {a0, a1, a2, a3, b0, b1}, wph::Element::half, "mma_16816", line);
+}
+WPH_DEVICE void mma_16816_bf16(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
+                               unsigned b1, WPH_LINE) {
+    wph::mma(c, {a0, a1, a2, a3, b0, b1}, wph::Element::bfloat, "mma_16816_bf16", line);
 }
 WPH_DEVICE unsigned movmatrix(unsigned v, WPH_LINE) { return wph::transpose(v, line); }
 

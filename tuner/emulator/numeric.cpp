@@ -87,6 +87,23 @@ float sum_down(float a, float b) {
     return static_cast<double>(rounded) > exact ? std::nextafterf(rounded, -INFINITY) : rounded;
 }
 
+unsigned choose_halves(Element element, bool greater, unsigned a, unsigned b) {
+    const auto value = [element](unsigned h) {
+        return element == Element::bfloat ? bits_to_float(h << 16) : half_value(static_cast<unsigned short>(h));
+    };
+    unsigned word = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const unsigned x = a >> shift & 0xffffu, y = b >> shift & 0xffffu;
+        const float p = value(x), q = value(y);
+        const bool less = p < q || (p == q && std::signbit(p));
+        unsigned chosen = less == greater ? y : x;
+        if (p != p) chosen = q != q ? 0x7fffu : y;
+        else if (q != q) chosen = x;
+        word |= chosen << shift;
+    }
+    return word;
+}
+
 unsigned half2_arithmetic(Half2 kind, unsigned a, unsigned b, unsigned c) {
     unsigned word = 0;
     for (int shift = 0; shift < 32; shift += 16) {

@@ -18,6 +18,11 @@ AXES = (
     ),
     Axis("order", ("heads", "tokens"), "what runs fastest over a warp's rows"),
     Axis(
+        "transform",
+        ("shuffle", "tensor"),
+        "stages of a key's rotation: additions and shuffles, or four of them and the length on the tensor cores",
+    ),
+    Axis(
         "search",
         ("select", "chain", "cells"),
         "midpoints below a coefficient: binary search by selects, one comparison each, or one within a computed cell",
@@ -40,7 +45,8 @@ class Shape:
     (token, head) pairs, of which a CTA covers ``pairs``. A warp has ``warp_bytes`` of shared memory; of these every
     row takes ``row_bytes``: ``gather_bytes`` of input, where outliers are picked out of it, then the row to be written
     as it arrives in memory but for ``lead_bytes`` before it that bring the indices to a word's boundary. ``joint``: a
-    pair's key and value are put together there and written as one, the whole slot.
+    pair's key and value are put together there and written as one, the whole slot. ``tensor``: keys are rotated by
+    matrix products.
     """
 
     lanes: int
@@ -53,6 +59,7 @@ class Shape:
     warp_bytes: int
     shared_bytes: int
     joint: bool
+    tensor: bool
 
 
 def shape(config: Config) -> Shape:
@@ -81,6 +88,7 @@ def shape(config: Config) -> Shape:
         warp_bytes=row_bytes * rows_per_pass,
         shared_bytes=row_bytes * rows_per_pass * warps,
         joint=joint,
+        tensor=config["transform"] == "tensor",
     )
 
 
@@ -104,6 +112,15 @@ def _shared_short(config: Config, target: Target) -> bool:
     return shape(config).shared_bytes > min(target.shared_bytes_per_cta, per_sm)
 
 
+def _no_rotation(config: Config) -> bool:
+    fmt = config.problem.layout.format
+    return config["transform"] == "tensor" and (not fmt.key_codebook or fmt.has_signs)
+
+
+def _product_shape(config: Config) -> bool:
+    return config["transform"] == "tensor" and (config["chunks"] < 2 or shape(config).lanes < 8)
+
+
 CONSTRAINTS = (
     Constraint(
         "row_too_wide",
@@ -124,6 +141,16 @@ CONSTRAINTS = (
         "no_codebook",
         "keys without a codebook have no midpoints to search: only the first way stands for all",
         lambda c, _: not c.problem.layout.format.key_codebook and c["search"] != "select",
+    ),
+    Constraint(
+        "no_rotation",
+        "only keys that are rotated without signs and whole are operands as they were loaded",
+        lambda c, _: _no_rotation(c),
+    ),
+    Constraint(
+        "product_shape",
+        "a matrix product takes pairs of a lane's chunks, and pairs of its columns are one row's: chunks >= 2, 8 lanes",
+        lambda c, _: _product_shape(c),
     ),
     Constraint(
         "direct_width",
@@ -157,7 +184,8 @@ def _seed(problem: Problem) -> Config:
 
 
 def _leads(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
-    """For chunks of a prompt: wide rows per lane, slots written in whole units. For few tokens: more, shorter warps."""
+    """For chunks of a prompt: wide rows per lane, slots written in whole units, keys rotated on the tensor cores where
+    the format lets them be. For few tokens: more, shorter warps."""
     layout = problem.layout
     search = "cells" if layout.format.key_codebook else "select"
     wide = min(4, 2 * _config(problem)["chunks"])
@@ -168,7 +196,16 @@ def _leads(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         _config(problem, chunks=wide, sides=s, min_ctas=8, **staged | {"store_bytes": 8}) for s in ("turns", "together")
     ]
     crowded = [c for c in eight if _register_estimate(c) <= 64]  # of 64 K registers, by 8 CTAs of 4 warps
+    tensor: dict[str, Value] = staged | {"transform": "tensor", "store_bytes": 8}
+    products = [
+        _config(problem, chunks=wide, **tensor | {"min_ctas": 3}),
+        *(c.with_(transform="tensor") for c in crowded),
+        _config(problem, chunks=wide, **tensor | {"store_bytes": 4}),
+        _config(problem, chunks=wide, rows=2, **tensor),
+        _config(problem, chunks=wide, warps=1, **tensor),
+    ]
     return (
+        *(c for c in products if not _no_rotation(c) and not _product_shape(c)),
         _config(problem, chunks=wide, rows=2, **staged),
         *crowded,
         _config(problem, chunks=widest, rows=1, **staged),
