@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,9 @@ def parameters(op: str) -> str:
     return text
 
 
+_GUARD = re.compile(r"#if !defined\(WPH_EMULATE\)\n(.*?)#endif\n", re.DOTALL)
+
+
 def shared_primitives(config: Config) -> str:
     """The device primitives of ``config``'s source without what only the emulator needs."""
     _, _, code = primitives(config).partition("#else\n")
@@ -101,7 +105,8 @@ def _standalone(table: Table, kernel: Kernel, source: Source, letter: str) -> St
 def _text(table: Table, kernel: Kernel, source: Source, space: str) -> str:
     """The rendered source in a namespace, with primitives and parameters taken from the shared headers.
 
-    Joined again in their old order the parts are the text whose SHA-256 the table holds.
+    Joined again in their old order the parts are the text whose SHA-256 the table holds, but for the guard around
+    primitives of one kernel, for which the emulator has its own.
     """
     op = source.config.problem.op
     title = header(source.config)
@@ -111,7 +116,7 @@ def _text(table: Table, kernel: Kernel, source: Source, space: str) -> str:
         raise TunerError(f"kernel {kernel.id} does not begin with title, primitives and parameters, as templates do")
     how = "measured on" if table.evidence == "measured" else "predicted for"
     comment = f"//\n{about.strip()}\n" if about.strip() else ""
-    code = body.strip().replace('extern "C" __global__', "__global__")
+    code = _GUARD.sub(r"\1", body).strip().replace('extern "C" __global__', "__global__")
     return (
         f"{LICENCE}{title.rstrip()}\n"
         f"// Chosen by a search, {how} {table.device.name}: {kernel.registers} registers, {kernel.spill_bytes} bytes "
