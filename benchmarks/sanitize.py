@@ -4,12 +4,12 @@
     python benchmarks/sanitize.py --tools memcheck --timeout 300         # what fits; without --tables: the package's
 
 One line per kernel and tool. Kernels of a table share a process, since starting one takes longest, and where a tool
-reports anything each gets its own; --jobs processes at a time, whose whole output is kept in --work. Ends with 1 where
-a tool reports anything, or where a kernel was left out for want of time.
+reports anything each gets its own; --jobs processes at a time, whose whole output is kept in --work.
 
 Before that racecheck is asked about a small program without races, sanitize_control.cu, in which some warps of a CTA
 meet at a barrier of their own. Where it reports hazards there, what it reports of kernels with such barriers says
-nothing: they are called unsure, and count as clean.
+nothing: they are called unsure and counted by themselves, and `python benchmarks/races.py` looks for their races in
+the emulator. Ends with 1 where a tool reports anything else, or where a kernel was left out for want of time.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from tuner.table.install import TABLE_PATTERN  # noqa: E402
 from tuner.table.store import PACKAGE_TABLES  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck")
+CLEAN, UNSURE, FOUND = "clean", "unsure", "FOUND"
 _FOUND = 9
 """Exit status of compute-sanitizer where it reports something."""
 _TOGETHER = 5
@@ -107,13 +108,15 @@ def confused(sanitizer: str, arch: str, work: Path) -> bool:
     program = work / "control"
     work.mkdir(parents=True, exist_ok=True)
     with (work / "control.log").open("w") as log:
-        build = [str(nvcc.path), "-std=c++17", f"-arch={arch}", "-o", str(program), str(_CONTROL)]
-        if run_bounded(build, log, _CONTROL_S, env=nvcc.env):
+        build = [str(nvcc.nvcc), "-std=c++17", f"-arch={arch}", "-o", str(program), str(_CONTROL)]
+        if run_bounded(build, log, _CONTROL_S, env=nvcc.env) != 0:
             raise TunerError(f"{_CONTROL.name} does not compile: see {work / 'control.log'}")
         tool = [sanitizer, "--tool", "racecheck", "--error-exitcode", str(_FOUND), str(program)]
         right, planted = (run_bounded([*tool, races], log, _CONTROL_S) for races in ("0", "1"))
-    if planted != _FOUND or right not in (0, _FOUND):
-        raise TunerError(f"racecheck ended with {planted} on a planted race: see {work / 'control.log'}")
+    if right not in (0, _FOUND):
+        raise TunerError(f"racecheck could not run {_CONTROL.name}: see {work / 'control.log'}")
+    if planted != _FOUND:
+        raise TunerError(f"racecheck does not find the race planted in {_CONTROL.name}: see {work / 'control.log'}")
     print(f"control: a planted race is found; without one racecheck reports {'hazards' if right else 'nothing'}")
     return right == _FOUND
 
@@ -148,8 +151,10 @@ def run(args: argparse.Namespace) -> int:
     asked = [(g, t) for g in groups(subjects(args.tables, target.arch)) for t in tools]
     found = examine_all(asked, sanitizer, args.work, args.jobs, args.timeout, unsure=unsure)
     number = sum(len(group) for group, _ in asked)
-    print(f"{sum(found)} of {len(found)} clean; {number - len(found)} not run; logs in {args.work}")
-    return 0 if sum(found) == number else 1
+    counts = {word: found.count(word) for word in (CLEAN, UNSURE, FOUND)}
+    said = ", ".join(f"{n} {word}" for word, n in counts.items())
+    print(f"{said}; {number - len(found)} of {number} not run; logs in {args.work}")
+    return 0 if counts[CLEAN] + counts[UNSURE] == number else 1
 
 
 def examine_all(
@@ -160,15 +165,15 @@ def examine_all(
     timeout_s: float,
     *,
     unsure: bool = False,
-) -> list[bool]:
-    """Of each kernel and tool that there was time for, whether it is clean; a line on each.
+) -> list[str]:
+    """Of each kernel and tool that there was time for: CLEAN, FOUND or UNSURE; a line on each.
 
-    ``unsure``: what racecheck reports of kernels with barriers of a part of the CTA is said, and does not count.
+    UNSURE is what racecheck reports of kernels with barriers of a part of the CTA where ``unsure``.
     """
     work.mkdir(parents=True, exist_ok=True)
     deadline, stop = time.monotonic() + timeout_s, threading.Event()
 
-    def examine(group: Sequence[Subject], tool: str) -> list[bool]:
+    def examine(group: Sequence[Subject], tool: str) -> list[str]:
         left = deadline - time.monotonic()
         if left <= 0 or stop.is_set():
             return []
@@ -177,18 +182,18 @@ def examine_all(
         with log.open("w") as file:
             status = run_bounded(command(tool, sanitizer, group), file, left, stop=stop)
         if status and len(group) > 1:
-            return [clean for subject in group for clean in examine([subject], tool)]
+            return [word for subject in group for word in examine([subject], tool)]
         if status is None:
             return []
         excused = unsure and status == _FOUND and tool == "racecheck" and group[0].named_barriers
-        word = "unsure" if excused else "FOUND" if status else "clean"
+        word = UNSURE if excused else FOUND if status else CLEAN
         for subject in group:
             print(f"{word} {tool:9} {subject.name}: {summary(log.read_text())}", flush=True)
-        return [excused or status == 0] * len(group)
+        return [word] * len(group)
 
     pool = ThreadPoolExecutor(jobs)
     try:
-        return [clean for f in [pool.submit(examine, *a) for a in asked] for clean in f.result()]
+        return [word for f in [pool.submit(examine, *a) for a in asked] for word in f.result()]
     finally:
         stop.set()  # an interrupt ends what runs, and nothing else begins
         pool.shutdown(cancel_futures=True)

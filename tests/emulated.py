@@ -19,11 +19,15 @@ from tuner.space import Config
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulated kernels with")
 
 
-def emulate_decode(config: Config, case: Case, splits: int = 2, **options: int) -> torch.Tensor:
-    """The kernel's output [B, Hq, D]; poisoned with NaN first. Asserts that the counters are zero afterwards."""
+def emulate_decode(
+    config: Config, case: Case, splits: int = 2, *, into: torch.Tensor | None = None, **options: int
+) -> torch.Tensor:
+    """The kernel's output [B, Hq, D], ``into`` where given; poisoned with NaN first. Asserts that the counters are zero
+    afterwards.
+    """
     batch, kv_heads = case.query.shape[0], case.kv_heads
     scratch = decode_scratch(config, batch=batch, kv_heads=kv_heads, splits=splits)
-    out = torch.full_like(case.query, float("nan"))
+    out = (torch.empty_like(case.query) if into is None else into).fill_(float("nan"))
     partials = torch.full((max(scratch.partial_floats, 1),), float("nan"), dtype=torch.float32)
     counters = torch.zeros(max(scratch.counters, 1), dtype=torch.int32)
     codec = case.codec

@@ -167,6 +167,19 @@ def test_slots_at_odd_multiples_of_two_bytes() -> None:
     check(config, case)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_an_output_at_any_address(head_dim: int) -> None:
+    """Heads one element further apart than they are long, from an odd element on: no vector store fits."""
+    config = default_config(Problem("decode", head_dim, 2, "turboquant_4bit_nc"))
+    case = small_case(config, (100, 40, 0))
+    batch, heads, _ = case.query.shape
+    room = torch.zeros(batch * heads * (head_dim + 1) + 1, dtype=case.query.dtype)
+    out = room[1:].as_strided((batch, heads, head_dim), (heads * (head_dim + 1), head_dim + 1, 1))
+    for splits in (1, 3):
+        assert torch.equal(emulate_decode(config, case, splits, into=out), emulate_decode(config, case, splits))
+    assert not room[0] and not room[head_dim + 1 :: head_dim + 1].any()  # nothing between the heads is touched
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_scaled_levels_are_nearly_halves(bits: int) -> None:
     plan = DecodePlan(default_config(Problem("decode", 128, 4, f"turboquant_{bits}bit_nc")))

@@ -15,7 +15,7 @@ from command_line import ROOT, make_table
 from benchmarks import command, release, sanitize
 from benchmarks.release import STEPS, Step, argv, carry_out, chosen, publish
 from tuner.cli.tune import command as tune_command
-from tuner.errors import UsageError
+from tuner.errors import TunerError, UsageError
 from tuner.table import read, verify
 from tuner.table.store import FOLDER_VARIABLE, PACKAGE_TABLES
 
@@ -151,7 +151,7 @@ def test_a_kernel_that_is_reported_is_told_apart_from_those_it_ran_with(
     )
     tool.chmod(0o755)
     found = sanitize.examine_all([(group, "memcheck"), (group[:1], "racecheck")], str(tool), tmp_path / "w", 2, 60)
-    assert found == [s is not guilty for s in group] + [True]
+    assert found == ["FOUND" if s is guilty else "clean" for s in group] + ["clean"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(group) + 1
     assert [line for line in lines if line.startswith("FOUND")] == [f"FOUND memcheck  {guilty.name}: 1 errors"]
@@ -168,10 +168,28 @@ def test_where_racecheck_reports_the_control_kernels_with_such_barriers_are_unsu
     tool.write_text(f"#!{sys.executable}\nprint('========= RACECHECK SUMMARY: 3 hazards')\nraise SystemExit(9)\n")
     tool.chmod(0o755)
     asked = [([sliced], "racecheck"), ([sliced], "memcheck"), ([whole], "racecheck")]
-    for unsure, expected in ((True, [True, False, False]), (False, [False, False, False])):
+    for unsure, expected in ((True, ["unsure", "FOUND", "FOUND"]), (False, ["FOUND"] * 3)):
         assert sanitize.examine_all(asked, str(tool), tmp_path, 1, 60, unsure=unsure) == expected
-        words = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-        assert words == ["unsure" if ok else "FOUND" for ok in expected]
+        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == expected
+
+
+@pytest.mark.parametrize(
+    ("right", "planted", "expected"),
+    [(0, 9, False), (9, 9, True), (1, 9, "could not run"), (0, 0, "does not find the race planted")],
+)
+def test_the_control_says_whether_racecheck_can_be_believed(
+    tmp_path: Path, right: int, planted: int, expected: bool | str
+) -> None:
+    """The program is compiled; a script stands in the sanitizer's place, which needs a GPU."""
+    tool = tmp_path / "sanitizer"
+    tool.write_text(f"#!{sys.executable}\nimport sys\nsys.exit({{'0': {right}, '1': {planted}}}[sys.argv[-1]])\n")
+    tool.chmod(0o755)
+    if isinstance(expected, str):
+        with pytest.raises(TunerError, match=expected):
+            sanitize.confused(str(tool), "sm_90", tmp_path / "work")
+    else:
+        assert sanitize.confused(str(tool), "sm_90", tmp_path / "work") is expected
+    assert (tmp_path / "work" / "control").is_file()
 
 
 @pytest.mark.parametrize("name", ["release.py", "sanitize.py"])

@@ -192,6 +192,16 @@ def test_prompts_that_continue_alike_prove_nothing() -> None:
     assert any("attention does not decide" in f and "1 of the 4 prompts of set 0" in f for f in failures)
 
 
+def test_a_yardstick_that_proves_nothing_is_a_failure() -> None:
+    single = result(accuracy=[{"set": 0, "attempt": "computed", "top": [[step(5, -1.0)] * 64]}])
+    _, failures = accuracy_verdict({"ours": single, "own": single, "own_other_splits": single})
+    assert any("no set has several prompts" in f for f in failures)
+    lost = json.loads(json.dumps(result()))
+    lost["accuracy"][0]["top"][0][-1] = step(7, -1.0)
+    _, failures = accuracy_verdict({"ours": result(), "own": result(), "own_other_splits": lost})
+    assert failures == ["vLLM's kernel shifts a candidate of its own out of sight: by how much ours do says nothing"]
+
+
 def times(*steps: tuple[int, int, float]) -> dict[str, Any]:
     return {"speed": [{"batch": b, "context": c, "step_ms": ms} for b, c, ms in steps]}
 
