@@ -108,7 +108,8 @@ def confused(sanitizer: str, arch: str, work: Path) -> bool:
     program = work / "control"
     work.mkdir(parents=True, exist_ok=True)
     with (work / "control.log").open("w") as log:
-        build = [str(nvcc.nvcc), "-std=c++17", f"-arch={arch}", "-o", str(program), str(_CONTROL)]
+        libraries = nvcc.nvcc.parents[1] / "lib"  # of a wheel, where its nvcc does not look
+        build = [str(nvcc.nvcc), "-std=c++17", f"-arch={arch}", f"-L{libraries}", "-o", str(program), str(_CONTROL)]
         if run_bounded(build, log, _CONTROL_S, env=nvcc.env) != 0:
             raise TunerError(f"{_CONTROL.name} does not compile: see {work / 'control.log'}")
         tool = [sanitizer, "--tool", "racecheck", "--error-exitcode", str(_FOUND), str(program)]

@@ -176,10 +176,12 @@ def folder_of_tools() -> Path:
 
 
 def bare_environment() -> dict[str, str]:
-    """Without this package, its environment, or anything else that a stranger's machine lacks."""
+    """Without this package, its environment, or anything else that a stranger's machine lacks. Where nvcc is a wheel's,
+    it does not find the libraries beside it by itself.
+    """
     nvcc = toolchain.find(("sm_90",)).nvcc
     path = f"{folder_of_tools()}:/usr/local/bin:/usr/bin:/bin"
-    return {"PATH": path, "HOME": "/nonexistent", "CUDACXX": str(nvcc)}
+    return {"PATH": path, "HOME": "/nonexistent", "CUDACXX": str(nvcc), "LIBRARY_PATH": str(nvcc.parents[1] / "lib")}
 
 
 def shell(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -45,8 +45,7 @@ class Shape:
     (token, head) pairs, of which a CTA covers ``pairs``. A warp has ``warp_bytes`` of shared memory; of these every
     row takes ``row_bytes``: ``gather_bytes`` of input, where outliers are picked out of it, then the row to be written
     as it arrives in memory but for ``lead_bytes`` before it that bring the indices to a word's boundary. ``joint``: a
-    pair's key and value are put together there and written as one, the whole slot. ``tensor``: keys are rotated by
-    matrix products.
+    pair's key and value are put together there and written as one, the whole slot.
     """
 
     lanes: int
@@ -59,7 +58,6 @@ class Shape:
     warp_bytes: int
     shared_bytes: int
     joint: bool
-    tensor: bool
 
 
 def shape(config: Config) -> Shape:
@@ -88,7 +86,6 @@ def shape(config: Config) -> Shape:
         warp_bytes=row_bytes * rows_per_pass,
         shared_bytes=row_bytes * rows_per_pass * warps,
         joint=joint,
-        tensor=config["transform"] == "tensor",
     )
 
 
