@@ -48,7 +48,10 @@ def emulate(
     starts on a 256-byte boundary, as a CUDA allocation does.
 
     ``seed`` other than 0 shuffles the order of CTAs, warps and lanes (odd: each warp runs as far as it can, even:
-    they mix); ``concurrent_ctas`` lets so many CTAs take turns.
+    they mix); ``concurrent_ctas`` lets so many CTAs take turns, rounded up to whole clusters (``__cluster_dims__``).
+
+    A CTA's shared memory that others of its cluster read must not change between two of the cluster's barriers, nor
+    end: either is an error in both modes. What is compared are values, so writing what was there before goes unseen.
 
     ``races`` looks for data races instead of bad addresses: a write and another access to the same byte of shared or
     global memory, by lanes or asynchronous copies of which nothing makes one come first. Barriers of all kinds, waits

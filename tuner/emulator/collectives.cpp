@@ -35,6 +35,26 @@ void release(Warp &warp) {
     if (shuffled() && random_word() % 8 == 0) yield_lane();
 }
 
+// The current warp, all of whose lanes are there, waits at `barrier` until `threads` threads have come. True for the
+// last, which must call release(); the others return false once it has.
+bool gather(NamedBarrier &barrier, int threads, const char *name, int line) {
+    Warp &warp = *current->warp;
+    warp.arrived = 0;
+    barrier.threads = threads;
+    barrier.line = line;
+    barrier.arrived += static_cast<int>(kLanes);
+    if (barrier.arrived < threads) {
+        barrier.waiting.push_back(&warp);
+        park(name, line);
+        return false;
+    }
+    for (Warp *waiting : barrier.waiting) wake(*waiting, kFullWarp);
+    barrier.waiting.clear();
+    barrier.arrived = 0;
+    ++barrier.meeting.completed;
+    return true;
+}
+
 // Parks the current lane until `threads` of them are at the CTA's barrier `id`.
 void meet(int id, int threads, const char *name, int line) {
     Warp &warp = *current->warp;
@@ -48,25 +68,12 @@ void meet(int id, int threads, const char *name, int line) {
             fail(line, "divergence: lanes of a warp name different barriers at %s (line %d)", name, line);
         }
     }
-    warp.arrived = 0;
     NamedBarrier &barrier = warp.cta->barriers[id];
     if (barrier.arrived && barrier.threads != threads) {
         fail(line, "%s: barrier %d with %d threads (line %d), others wait there for %d (line %d)", name, id, threads,
              line, barrier.threads, barrier.line);
     }
-    barrier.threads = threads;
-    barrier.line = line;
-    barrier.arrived += static_cast<int>(kLanes);
-    if (barrier.arrived < threads) {
-        barrier.waiting.push_back(&warp);
-        park(name, line);
-        return;
-    }
-    for (Warp *waiting : barrier.waiting) wake(*waiting, kFullWarp);
-    barrier.waiting.clear();
-    barrier.arrived = 0;
-    ++barrier.meeting.completed;
-    release(warp);
+    if (gather(barrier, threads, name, line)) release(warp);
 }
 
 void multiply_accumulate(Warp &warp, Element element) {
@@ -160,6 +167,21 @@ void sync_threads(int id, int threads, const char *name, int line) {
     happens_before(token);
     meet(id, threads, name, line);
     happens_after(token);
+}
+
+void sync_cluster(bool ordered, const char *name, int line) {
+    Warp &warp = *current->warp;
+    Cluster &cluster = *warp.cta->cluster;
+    const char *token = cluster.barrier.meeting.now();
+    if (ordered) happens_before(token);
+    if (join(name, line)) {
+        const auto threads = static_cast<int>(cluster.ctas.size() * blockDim.x);
+        if (gather(cluster.barrier, threads, name, line)) {
+            for (Cta *cta : cluster.ctas) settle(*cta);
+            release(warp);
+        }
+    }
+    if (ordered) happens_after(token);
 }
 
 void mma(float *c, const unsigned (&ab)[6], Element element, const char *name, int line) {

@@ -23,7 +23,10 @@ _RUNTIME = Path(__file__).resolve().parent
 _KERNEL_FLAGS = ("-std=c++17", "-O0", "-g1", "-fno-strict-aliasing", "-DWPH_EMULATE", "-w")
 # The run time itself is trusted: it tells the sanitizer what it needs to know, and is fast.
 _RUNTIME_FLAGS = ("-std=c++17", "-O2", "-g1", "-fno-strict-aliasing")
-_ENTRY = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\s*\([^()]*\)\s*)?(\w+)\s*\(')
+_ENTRY = re.compile(
+    r'extern\s+"C"\s+__global__\s+void\s+(?:__cluster_dims__\s*\(\s*(\d+),\s*1,\s*1\)\s*)?'
+    r"(?:__launch_bounds__\s*\([^()]*\)\s*)?(\w+)\s*\("
+)
 _DYNAMIC_SHARED = re.compile(r"\bextern\s+__shared__\s+(?:__align__\s*\([^()]*\)\s*)?[\w\s]*?(\w+)\s*\[\s*\]")
 _STATIC_SHARED = re.compile(r"(?<!extern )__shared__")
 
@@ -70,7 +73,7 @@ def compile_source(source: HasText, *, races: bool = False, root: Path = DEFAULT
 
     def build(folder: Path) -> None:
         (folder / "kernel.cu").write_text(text)
-        calls = "".join(f"WPH_ENTRY({name})\n" for name in entries)
+        calls = "".join(f"WPH_ENTRY({name}, {cluster or 1})\n" for cluster, name in entries)
         (folder / "main.cpp").write_text(f'#include "emulate.h"\n#include "kernel.cu"\n{calls}')
         symbols = [f"-Wl,--defsym={name}=wph_arena+16384" for name in arrays]
         inputs = ["main.cpp", *map(str, objects), *symbols]

@@ -11,6 +11,7 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)  // compile.py reads it
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define WPH_DEVICE inline
 #define WPH_LINE int line = __builtin_LINE()
@@ -71,6 +72,9 @@ unsigned ballot(bool v, const char *name, int line);
 void sync_warp(int line);
 void sync_threads(int id, int threads, const char *name, int line);
 void yield_lane();
+void sync_cluster(bool ordered, const char *name, int line);  // `ordered`: memory, too
+// Copies what CTA `rank` of the cluster holds where `p` is in this CTA's shared memory.
+void load_cluster(void *to, const void *p, int rank, int bytes, int line);
 // What the current lane did before the former precedes what any lane does after a later call of the latter with the
 // same token, which is any address. For the sanitizer only.
 void happens_before(const void *token);
@@ -102,6 +106,7 @@ unsigned half2_arithmetic(Half2 kind, unsigned a, unsigned b, unsigned c);
 // A kernel of the source, by name: how main() calls it with a parameter structure whose type only the source knows.
 struct Entry {
     const char *name;
+    unsigned cluster;  // CTAs, consecutive in x
     unsigned long long params_bytes;
     void (*kernel)();
     void (*call)(void (*)(), const void *);
@@ -109,8 +114,9 @@ struct Entry {
     static const Entry *first;
 
     template <typename P>
-    Entry(const char *n, void (*k)(P))
-        : name(n), params_bytes(sizeof(P)), kernel(reinterpret_cast<void (*)()>(k)), call(invoke<P>), next(first) {
+    Entry(const char *n, void (*k)(P), unsigned ctas)
+        : name(n), cluster(ctas), params_bytes(sizeof(P)), kernel(reinterpret_cast<void (*)()>(k)), call(invoke<P>),
+          next(first) {
         first = this;
     }
     template <typename P>
@@ -119,7 +125,7 @@ struct Entry {
     }
 };
 }  // namespace wph
-#define WPH_ENTRY(name) static const wph::Entry wph_entry_##name(#name, name);
+#define WPH_ENTRY(name, cluster) static const wph::Entry wph_entry_##name(#name, name, cluster);
 
 // --- bits ---------------------------------------------------------------------------------------------------------
 WPH_DEVICE float bits_to_float(unsigned v) {
@@ -180,6 +186,14 @@ WPH_DEVICE int atomic_add_ordered(int *p, int v) {
     *p = static_cast<int>(static_cast<unsigned>(old) + static_cast<unsigned>(v));
     wph::happens_before(p);
     return old;
+}
+WPH_DEVICE void sync_cluster(WPH_LINE) { wph::sync_cluster(true, "sync_cluster", line); }
+WPH_DEVICE void leave_cluster(WPH_LINE) { wph::sync_cluster(false, "leave_cluster", line); }
+template <typename T>
+WPH_DEVICE T load_cluster(const T *p, int rank, WPH_LINE) {
+    T v;
+    wph::load_cluster(&v, p, rank, sizeof v, line);
+    return v;
 }
 
 // --- fp16, bf16, fp8 ----------------------------------------------------------------------------------------------

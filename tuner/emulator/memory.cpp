@@ -92,6 +92,52 @@ unsigned load_shared(unsigned address, int line) {
     return v;
 }
 
+void settle(Cta &cta) {
+    const unsigned char *now = shared_of(cta);
+    for (std::size_t i = 0; i < cta.seen.size(); ++i) {
+        if (cta.seen[i] && now[i] != cta.settled[i]) {
+            fail(cta.seen_line, "data race: CTA %u of the cluster writes shared memory's byte %zu, which another reads",
+                 cta.rank, i);
+        }
+    }
+    cta.settled.assign(now, now + shared_bytes);
+    cta.seen.assign(shared_bytes, 0);
+}
+
+void check_unread(const Cta &cta) {
+    for (const unsigned char seen : cta.seen) {
+        if (!seen) continue;
+        fail(cta.seen_line, "data race: CTA %u of the cluster exits while another reads its shared memory", cta.rank);
+    }
+}
+
+void load_cluster(void *to, const void *p, int rank, int bytes, int line) {
+    const auto size = static_cast<std::size_t>(bytes);
+    check_shared(p, size, size, "load_cluster", line);
+    const Cta &self = *current->warp->cta;
+    const auto &ctas = self.cluster->ctas;
+    if (rank < 0 || static_cast<std::size_t>(rank) >= ctas.size()) {
+        fail(line, "load_cluster: CTA %d of a cluster of %zu", rank, ctas.size());
+    }
+    Cta &other = *ctas[static_cast<std::size_t>(rank)];
+    const auto at = static_cast<std::size_t>(static_cast<const unsigned char *>(p) - shared_begin());
+    if (&other == &self) {
+        reads(p, size);
+    } else if (!other.live) {
+        fail(line, "load_cluster: CTA %d of the cluster has exited", rank);
+    } else if (other.settled.empty()) {
+        fail(line, "load_cluster: nothing says that CTA %d of the cluster has begun: expected sync_cluster", rank);
+    } else {
+        if (std::memcmp(shared_of(other) + at, other.settled.data() + at, size) != 0) {
+            fail(line, "data race: CTA %d of the cluster has written shared memory's byte %zu since its last barrier", rank,
+                 at);
+        }
+        std::memset(other.seen.data() + at, 1, size);
+        other.seen_line = line;
+    }
+    std::memcpy(to, shared_of(other) + at, size);
+}
+
 void copy_async(void *shared, const void *global, int bytes, int valid, int line, const void *call) {
     const auto size = static_cast<std::size_t>(bytes);
     if (valid < 0 || valid > bytes) fail(line, "cp_async: %d valid bytes, expected 0 to %d", valid, bytes);

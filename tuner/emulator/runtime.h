@@ -20,6 +20,7 @@ constexpr std::size_t kSharedLimit = 227 * 1024;
 constexpr unsigned char kPoison = 0xff;  // NaN in fp16, bf16 and fp32, -1 as an index
 
 struct Cta;
+struct Cluster;
 struct Warp;
 
 struct AsyncCopy {
@@ -100,6 +101,16 @@ struct Cta {
     std::deque<PhaseBarrier> phases;
     std::vector<BulkCopy> bulk;
     std::vector<unsigned char> shared;  // its shared memory while another CTA has the arena
+    Cluster *cluster = nullptr;
+    unsigned rank = 0;  // in the cluster
+    // What the cluster's last barrier found in its shared memory, and which bytes others have read since then.
+    std::vector<unsigned char> settled, seen;
+    int seen_line = 0;
+};
+
+struct Cluster {
+    std::vector<Cta *> ctas;
+    NamedBarrier barrier;
 };
 
 // What Python reads after the child has died: where it was.
@@ -136,6 +147,13 @@ unsigned shared_size();
 void set_shared_size(unsigned bytes);  // and poisons what lies around it
 void check_shared(const void *p, std::size_t bytes, std::size_t alignment, const char *what, int line);
 void check_global(const void *p, std::size_t bytes, std::size_t alignment, const char *what, int line);
+
+// What a CTA's shared memory holds now.
+const unsigned char *shared_of(const Cta &cta);
+// What other CTAs of the cluster read must be still from one barrier to the next: settle() is for each CTA at a barrier,
+// check_unread() for one that exits.
+void settle(Cta &cta);
+void check_unread(const Cta &cta);
 
 // Performs pending bulk copies that a parked lane waits for; true if that let a lane go on.
 bool deliver_bulk(Cta &cta);

@@ -27,10 +27,11 @@ using Jump = void (*)(jmp_buf, int);
 Jump jump = nullptr;
 
 const LaunchPlan *plan = nullptr;
-std::deque<Cta> ctas;       // as many as take turns
-Cta *mapped = nullptr;      // whose shared memory is in the arena
-std::vector<unsigned> order;
-std::size_t next_cta = 0;
+std::deque<Cta> ctas;  // as many as take turns, in whole clusters
+std::deque<Cluster> clusters;
+Cta *mapped = nullptr;        // whose shared memory is in the arena
+std::vector<unsigned> order;  // of the grid's clusters
+std::size_t next_cluster = 0;
 std::uint64_t random_state = 0;
 Lane main_lane;
 
@@ -93,16 +94,16 @@ void map_shared(Cta &cta) {
     mapped = &cta;
 }
 
-// The next CTA of the grid begins in this slot; its shared memory is poison.
-bool begin_cta(Cta &cta) {
-    if (next_cta == order.size()) return false;
-    const unsigned id = order[next_cta++];
+// CTA `id` of the grid begins in this slot; its shared memory is poison.
+void begin_cta(Cta &cta, unsigned id) {
     const dim3 grid = plan->grid;
     cta.index = {id % grid.x, id / grid.x % grid.y, id / grid.x / grid.y};
     cta.lanes_left = plan->block;
     cta.phases.clear();
     cta.bulk.clear();
     cta.shared.clear();
+    cta.settled.clear();
+    cta.seen.clear();
     cta.live = true;
     for (NamedBarrier &barrier : cta.barriers) barrier = NamedBarrier{};
     for (Warp &warp : cta.warps) {
@@ -115,6 +116,17 @@ bool begin_cta(Cta &cta) {
         }
     }
     if (mapped == &cta) mapped = nullptr;
+}
+
+// The grid's next cluster begins in these slots, once all of them are free.
+bool begin_cluster(Cluster &cluster) {
+    if (next_cluster == order.size()) return false;
+    for (const Cta *cta : cluster.ctas) {
+        if (cta->live) return false;
+    }
+    const auto count = static_cast<unsigned>(cluster.ctas.size());
+    const unsigned first = order[next_cluster++] * count;
+    for (unsigned rank = 0; rank < count; ++rank) begin_cta(*cluster.ctas[rank], first + rank);
     return true;
 }
 
@@ -182,7 +194,7 @@ Lane *next_lane(Cta *after, bool other_cta) {
         if (other_cta) start += shuffled() ? random_word() % count : 1;
         for (std::size_t i = 0; i < count; ++i) {
             Cta &cta = ctas[(start + i) % count];
-            if (!cta.live && !begin_cta(cta)) continue;
+            if (!cta.live && !begin_cluster(*cta.cluster)) continue;
             live = true;
             map_shared(cta);
             Warp *warp = ready_warp(cta, other_cta ? nullptr : current->warp);
@@ -225,6 +237,7 @@ void finish_lane() {
         if (!cta.bulk.empty()) {
             fail(cta.bulk[0].copy.line, "the CTA exits while a bulk_copy (line %d) is in flight", cta.bulk[0].copy.line);
         }
+        check_unread(cta);
         cta.live = false;
         ++cta.end.completed;
     }
@@ -270,6 +283,7 @@ void free_fibers() {
         }
     }
     ctas.clear();
+    clusters.clear();
 }
 
 }  // namespace
@@ -295,6 +309,8 @@ void fail(int line, const char *format, ...) {
     _exit(3);
 }
 
+const unsigned char *shared_of(const Cta &cta) { return mapped == &cta ? shared_begin() : cta.shared.data(); }
+
 void wake(Lane &lane) { lane.warp->ready |= 1u << lane.index; }
 void wake(Warp &warp, unsigned lanes) { warp.ready |= lanes; }
 
@@ -316,15 +332,25 @@ void run_launch(const LaunchPlan &launch) {
     random_state = launch.seed;
     gridDim = launch.grid;
     blockDim = {launch.block, 1, 1};
-    order.resize(std::size_t{launch.grid.x} * launch.grid.y * launch.grid.z);
+    const unsigned size = launch.entry->cluster;
+    if (launch.grid.x % size) fail(0, "a grid of %u CTAs in x, expected whole clusters of %u", launch.grid.x, size);
+    order.resize(std::size_t{launch.grid.x} * launch.grid.y * launch.grid.z / size);
     for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<unsigned>(i);
     if (shuffled()) {
         for (std::size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[random_word() % i]);
     }
-    next_cta = 0;
+    next_cluster = 0;
     mapped = nullptr;
-    ctas.resize(launch.concurrent_ctas);
-    for (Cta &cta : ctas) make_fibers(cta);
+    clusters.resize((launch.concurrent_ctas + size - 1) / size);
+    for (Cluster &cluster : clusters) {
+        for (unsigned rank = 0; rank < size; ++rank) {
+            Cta &cta = ctas.emplace_back();
+            make_fibers(cta);
+            cta.cluster = &cluster;
+            cta.rank = rank;
+            cluster.ctas.push_back(&cta);
+        }
+    }
     main_lane.started = true;
     current = &main_lane;
     give_way(false);

@@ -1,0 +1,45 @@
+// Clusters of four CTAs of 64 threads, of which each reads the next one's words. Bits of n: barriers that are there.
+#include "emulate.h"
+
+struct Params {
+    float *out;
+    int n;
+};
+
+extern "C" __global__ void __cluster_dims__(4, 1, 1) __launch_bounds__(64) next_words(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) float words[];
+    const int i = static_cast<int>(threadIdx.x), cta = static_cast<int>(blockIdx.x);
+    words[i] = static_cast<float>(64 * cta + i);
+    if (p.n & 1) sync_cluster();
+    p.out[64 * cta + i] = load_cluster(words + (i ^ 32), (cta + 1) % 4);
+    if (p.n & 2) leave_cluster();
+}
+extern "C" __global__ void __cluster_dims__(4, 1, 1) written_too_early(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) float words[];
+    const int i = static_cast<int>(threadIdx.x), cta = static_cast<int>(blockIdx.x);
+    words[i] = static_cast<float>(i);
+    sync_cluster();
+    p.out[64 * cta + i] = load_cluster(words + i, (cta + 1) % 4);
+    if (p.n) sync_cluster();
+    words[i] = -1.f;
+    sync_cluster();
+}
+// What went through global memory is in order, too.
+extern "C" __global__ void __cluster_dims__(4, 1, 1) by_way_of_memory(const __grid_constant__ Params p) {
+    const int i = static_cast<int>(threadIdx.x), cta = static_cast<int>(blockIdx.x);
+    p.out[64 * cta + i] = static_cast<float>(64 * cta + i);
+    p.n ? sync_cluster() : leave_cluster();
+    const float next = p.out[64 * (cta / 4 * 4 + (cta + 1) % 4) + i];
+    sync_cluster();
+    p.out[64 * cta + i] = next;
+}
+extern "C" __global__ void __cluster_dims__(4, 1, 1) no_such_cta(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) float words[];
+    words[threadIdx.x] = 0.f;
+    sync_cluster();
+    p.out[threadIdx.x] = load_cluster(words + threadIdx.x, p.n);
+    sync_cluster();
+}
+extern "C" __global__ void __cluster_dims__(4, 1, 1) one_stays_away(const __grid_constant__ Params p) {
+    if (blockIdx.x % 4 != 2) sync_cluster();
+}
