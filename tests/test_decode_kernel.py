@@ -45,6 +45,8 @@ def draw(chooser: random.Random, warps: int) -> dict[str, Value]:
     else:
         values["accumulate"] = chooser.choice(("f32", "f16x2"))
         values["query"] = "shared"
+    if values["reduction"] == "cluster":
+        values["schedule"] = "grid"
     return values
 
 
@@ -226,6 +228,44 @@ def test_branches_of_splits(cache_format: str, schedule: str) -> None:
     for splits in (1, 8, 9, 16, 17, 70):
         check(config, case, splits)
     assert torch.equal(emulate_decode(config, case, 70), emulate_decode(config, case, 70, seed=3, concurrent_ctas=8))
+
+
+CLUSTERED = [
+    ("turboquant_4bit_nc", 64, 1, {"warps": 1}),
+    ("turboquant_4bit_nc", 128, 4, {"warps": 4, "head_warps": 2, "lookup": "spread"}),
+    ("turboquant_4bit_nc", 256, 8, {"warps": 4, "dim_warps": 2, "lookup": "spread"}),
+    ("turboquant_4bit_nc", 512, 16, {"warps": 8, "dim_warps": 4}),
+    ("turboquant_3bit_nc", 128, 6, {"warps": 2, "dim_warps": 2, "load": "direct", "stages": 1}),
+    ("turboquant_k3v4_nc", 256, 4, {"warps": 4, "head_warps": 4, "load": "bulk", "stages": 1}),
+    ("turboquant_k8v4", 512, 8, {"warps": 2, "dim_warps": 2, "stages": 1}),
+    ("turboquant_k8v4", 64, 16, {"warps": 4, "head_warps": 4, "load": "bulk_rows"}),
+    ("turboquant_outlier", 128, 4, {"warps": 2, "dim_warps": 2}),
+    ("turboquant_outlier", 64, 6, {"warps": 2, "math": "fma", "accumulate": "f32"}),
+    ("turboquant_seed", 128, 8, {"warps": 2, "head_warps": 2}),
+]
+"""Formats, head dims, groups and layouts of CTAs that a cluster has to add up."""
+
+
+@pytest.mark.parametrize("index", range(len(CLUSTERED)))
+def test_clusters_of_splits(index: int) -> None:
+    """Fewer parts than a cluster has CTAs, whole clusters and one more, and clusters of which only some have parts."""
+    cache_format, head_dim, gqa, values = CLUSTERED[index]
+    config = default_config(Problem("decode", head_dim, gqa, cache_format)).with_(reduction="cluster", **values)
+    refused = [c.name for c in SPACE.refusals(config, get_target("sm_90"))]
+    assert refused == []
+    step = 16 * DecodePlan(config).token_warps * DecodePlan(config).tiles
+    case = small_case(config, (0, 66 * step + 1, 1, 9 * step, 3 * step - 5))
+    for splits in (1, 3, 8, 9, 16, 40, 66):
+        check(config, case, splits, seed=splits, concurrent_ctas=1 + splits % 9)
+    assert torch.equal(emulate_decode(config, case, 40), emulate_decode(config, case, 40, seed=3, concurrent_ctas=20))
+
+
+@pytest.mark.parametrize("head_warps", [2, 4])
+def test_clusters_of_more_heads_than_there_are(head_warps: int) -> None:
+    config = DEFAULT.with_(warps=4, head_warps=head_warps, reduction="cluster")
+    case = synthetic_cache(config.problem.layout, (700, 33), q_heads=12, kv_heads=3)
+    for splits in (3, 20):
+        check(config, case, splits)
 
 
 @pytest.mark.parametrize("cache_format", ["turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_k8v4"])

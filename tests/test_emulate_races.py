@@ -20,6 +20,7 @@ from tuner.emulate import EmulationError, Launch, compile_many, compile_source, 
 from tuner.reference import Case, synthetic_cache
 from tuner.render import render
 from tuner.space import Config, Problem, default_config
+from tuner.space.plan import DecodePlan
 
 pytestmark = needs_gxx
 
@@ -140,6 +141,7 @@ def decode(cache_format: str, head_dim: int, gqa: int, **values: object) -> Conf
 FORMAT = "turboquant_4bit_nc"
 COPIES = decode(FORMAT, 128, 4, lookup="replicated")
 BULK = decode(FORMAT, 128, 4, load="bulk", head_warps=2, lookup="spread", schedule="stream", reduction="tree")
+CLUSTERED = decode(FORMAT, 128, 4, warps=2, lookup="replicated", reduction="cluster")
 # turboquant_seed at head dim 512 with cp_async is left out: for coefficients that are not stored it reads levels from
 # staging that is still being filled. That is a race, and a harmless one, since they meet queries of zero.
 KERNELS = [
@@ -153,6 +155,8 @@ KERNELS = [
     decode("turboquant_k3v4_nc", 128, 4, load="bulk", head_warps=2, lookup="prmt", stages=3),
     decode("turboquant_k8v4", 128, 1, warps=8, load="bulk_rows", head_warps=4, stages=3, tokens=32, schedule="share"),
     BULK,
+    CLUSTERED,
+    decode("turboquant_outlier", 64, 8, warps=2, load="direct", stages=1, reduction="cluster"),
 ]
 
 
@@ -173,7 +177,8 @@ def case_of(config: Config) -> Case:
 def test_decode_has_no_races(root, index):
     config = KERNELS[index]
     case = case_of(config)
-    out = emulate_decode(config, case, 10, seed=index, concurrent_ctas=2, races=True, root=root)
+    ctas = 2 * (DecodePlan(config).cluster if config["reduction"] == "cluster" else 1)
+    out = emulate_decode(config, case, 10, seed=index, concurrent_ctas=ctas, races=True, root=root)
     assert worst_head_error(out, case.expected()) <= 5e-3
 
 
@@ -214,6 +219,24 @@ MUTATIONS = [
     (BULK, r"()if \(use >= STAGES\) mbarrier_wait\(empty_barrier\(.*\);", "shared memory", "bulk_copy("),
     (BULK, r"()sync_warp\(\);(?=\s*if \(lane == 0\) mbarrier_arrive)", "shared memory", "bulk_copy("),
 ]
+
+
+@pytest.mark.parametrize(
+    ("barrier", "message"),
+    [
+        (r"(fold_stripes\(p, warp, lane\);\s*)sync_cluster\(\);", "nothing says that CTA . of the cluster has begun"),
+        (r"()leave_cluster\(\);(?=\s*}\s*// One CTA:)", "CTA . of the cluster (exits|has exited)"),
+        (r"()sync_warp\(\);(?=\s*if \(lane == 0\) {\s*float \*stats)", "data race in shared memory"),
+        (r"()sync_cta\(\);(?=\s*for \(int row = rank \+ CLUSTER \* warp; \*last)", "data race in shared memory"),
+        (r"()sync_cta\(\);(?=\s*if \(threadIdx.x == 0\) {\s*int \*counter)", "data race in global memory"),
+    ],
+)
+def test_a_cluster_without_one_of_its_barriers_races(root, monkeypatch, barrier, message):
+    mutant, count = re.subn(barrier, r"\1", render(CLUSTERED).text)
+    assert count == 1
+    monkeypatch.setattr(emulated, "render", lambda _: SimpleNamespace(text=mutant))
+    with pytest.raises(EmulationError, match=message):
+        emulate_decode(CLUSTERED, case_of(CLUSTERED), 10, seed=1, concurrent_ctas=16, races=True, root=root)
 
 
 @pytest.mark.parametrize(("config", "barrier", "space", "text"), MUTATIONS)

@@ -14,12 +14,13 @@ from tuner.arguments import decode_params
 from tuner.emulate import Launch, emulate
 from tuner.errors import TunerError, UsageError
 from tuner.formats import FORMATS, slot_layout
-from tuner.geometry import decode_scratch
+from tuner.geometry import Scratch, decode_geometry, decode_scratch, split_candidates
 from tuner.launch import LoadedKernel, Workspace, cache_order, decode_launches, dequant_launches, require_layout
 from tuner.reference import Case, Codec, make_cache, synthetic_cache
 from tuner.render import render
-from tuner.space import Config, Problem, default_config
+from tuner.space import Config, Problem, default_config, get_space
 from tuner.suits import CacheOrder, refusal, suited
+from tuner.targets import get_target
 
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3}
 
@@ -74,6 +75,28 @@ def test_a_second_kernel_merges_where_the_configuration_says_so() -> None:
     assert [entry for entry, _ in one] == ["wph_decode"]
     assert [entry for entry, _ in two] == ["wph_decode", "wph_decode_reduce"]
     assert decode_launches(config_of(), query[:0], cache, 4) == []
+
+
+@pytest.mark.parametrize(("splits", "clusters"), [(1, 1), (8, 1), (9, 2), (66, 9)])
+def test_clusters_are_whole_and_leave_a_slot_each(splits: int, clusters: int) -> None:
+    config = config_of(reduction="cluster", warps=4, head_warps=2)
+    geometry = decode_geometry(config, batch=3, kv_heads=5, splits=splits)
+    assert geometry.grid == (8 * clusters, 3, 3)
+    scratch = decode_scratch(config, batch=3, kv_heads=5, splits=splits)
+    rows = 3 * clusters * 5 * 4
+    assert scratch == Scratch(2 * rows + 64 * rows, 3 * 3 * 8)
+    counts = {"registers": 128, "batch": 1, "kv_heads": 2, "target": get_target("sm_90")}
+    for context in (1, 1000, 100_000):
+        assert not any(n % 8 for n in split_candidates(config, max_context=context, **counts))
+
+
+def test_clusters_are_refused_where_splits_are_not_per_request() -> None:
+    config = config_of(reduction="cluster")
+    refused = {
+        s: [c.name for c in get_space("decode").refusals(config.with_(schedule=s), get_target("sm_90"))]
+        for s in ("grid", "stream", "share")
+    }
+    assert refused == {"grid": [], "stream": ["clustered_splits"], "share": ["clustered_splits"]}
 
 
 @pytest.mark.parametrize("change", [{}, {"reduction": "kernel", "schedule": "stream"}])

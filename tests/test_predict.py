@@ -18,7 +18,7 @@ from tuner.formats import slot_layout
 from tuner.geometry import split_candidates
 from tuner.model import busiest
 from tuner.pipes import cost
-from tuner.predict import _quotas, hot_loop, predict, predict_triton
+from tuner.predict import _quotas, _reduction_us, hot_loop, predict, predict_triton
 from tuner.render import render
 from tuner.search.evaluate import limit_us
 from tuner.space import Config, Problem, default_config
@@ -96,8 +96,10 @@ def test_triton_times_are_near_the_measured_ones(tmp_path: Path) -> None:
     assert 1 - 6 * squares / (n * (n * n - 1)) > 0.9
 
 
-@pytest.mark.parametrize("reduction", ["last", "kernel", "tree"])
-@pytest.mark.parametrize("schedule", ["grid", "stream", "share"])
+@pytest.mark.parametrize(
+    ("schedule", "reduction"),
+    [*itertools.product(("grid", "stream", "share"), ("last", "kernel", "tree")), ("grid", "cluster")],
+)
 @pytest.mark.parametrize("arch", ["sm_90", "sm_121"])
 def test_no_shorter_context_asks_for_more_splits(arch: str, schedule: str, reduction: str) -> None:
     """Scratch is reserved for the longest context before graphs are captured."""
@@ -168,6 +170,16 @@ def test_splits_are_weighed(kernels: dict[tuple[Config, str], tuple[Built, sass.
     one, many = (predict(config, *kernels[config, "sm_90"], H200, SHAPE, Bucket(1, 32768), n) for n in (1, 32))
     assert many.time_us < one.time_us / 3
     assert one.reduction_us == 0 < many.reduction_us
+
+
+def test_clusters_read_less_through_global_memory() -> None:
+    config = default_config(Problem("decode", 256, 8, FORMAT))
+    last, tree, clustered = (
+        [_reduction_us(config.with_(reduction=r), [n], Shape(256, 16, 2), H200) for n in (1, 8, 9, 66)]
+        for r in ("last", "tree", "cluster")
+    )
+    assert 0 < clustered[0] < clustered[1] < clustered[2] < clustered[3]
+    assert clustered[1] < last[1] and clustered[3] < tree[3] / 2 < last[3] / 3
 
 
 def test_hot_loop_is_the_one_over_tokens(kernels: dict[tuple[Config, str], tuple[Built, sass.SassFacts]]) -> None:

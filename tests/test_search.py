@@ -112,7 +112,7 @@ def test_small_space_ends_when_it_is_used_up(tmp_path: Path) -> None:
     default = dict(default_config(PROBLEM).params)
     restrict = {n: (v,) for n, v in default.items() if n not in ("reduction", "tokens")}
     result, evaluator, _ = search(tmp_path, restrict=restrict, trials=50)
-    assert len(evaluator.scored()) == len(set(evaluator.scored())) <= 10
+    assert len(evaluator.scored()) == len(set(evaluator.scored())) <= 13
     assert result.progress.done < 50
 
 
@@ -132,12 +132,12 @@ def test_a_batch_ends_with_the_time_and_what_is_left_of_it_comes_first_later(tmp
 
 def test_a_batch_whose_longest_request_is_known_gets_what_serves_ragged_ones_too(tmp_path: Path) -> None:
     class Ragged(Analytic):
-        """Many splits suit equal lengths a little better, and unequal ones far worse."""
+        """Many splits suit equal lengths better, and unequal ones far worse."""
 
         def time(self, config: Config, bucket: Bucket, splits: int) -> Time:
             us = super().time(config, bucket, 1).median_us
             if splits == 8 and bucket.batch > 8:
-                us *= 3.0 if bucket.ragged else 0.9
+                us *= 3.0 if bucket.ragged else 0.7
             return Time(us, 0.99 * us, 1.01 * us)
 
     result, _, _ = search(tmp_path, Ragged(tmp_path))

@@ -43,11 +43,17 @@ def _head_groups(config: Config, kv_heads: int) -> int:
     return -(-kv_heads // int(config["head_warps"]))
 
 
+def _clusters(config: Config, splits: int) -> int:
+    """Clusters that have the splits of a request (configurations with ``reduction=cluster``)."""
+    return -(-splits // DecodePlan(config).cluster)
+
+
 def decode_geometry(config: Config, *, batch: int, kv_heads: int, splits: int) -> Geometry:
     """Geometry of ``wph_decode``; ``splits`` as in DecodeParams."""
     plan = DecodePlan(config)
     requests = batch if config["schedule"] == "grid" else 1
-    return Geometry((splits, _head_groups(config, kv_heads), requests), 32 * config["warps"], plan.shared_bytes)
+    ctas = _clusters(config, splits) * plan.cluster if config["reduction"] == "cluster" else splits
+    return Geometry((ctas, _head_groups(config, kv_heads), requests), 32 * config["warps"], plan.shared_bytes)
 
 
 def reduce_geometry(config: Config, *, batch: int, kv_heads: int) -> Geometry:
@@ -90,12 +96,15 @@ def dynamic_shared_bytes(config: Config) -> int:
 def decode_scratch(config: Config, *, batch: int, kv_heads: int, splits: int) -> Scratch:
     """Scratch of ``wph_decode``; counters must be zero before the first launch and are zero after each.
 
-    Every slot holds per query head a maximum, a sum and the unnormalised output.
+    Every slot holds per query head a maximum, a sum and the unnormalised output. Clusters leave one slot each, and
+    their CTAs of equal rank share a counter.
     """
-    slots = batch * splits if config["schedule"] == "grid" else 2 * splits
+    shares = _clusters(config, splits) if config["reduction"] == "cluster" else splits
+    slots = batch * shares if config["schedule"] == "grid" else 2 * splits
     rows = slots * kv_heads * config.problem.gqa
     plan = DecodePlan(config)
-    each = {"last": 1, "kernel": 0, "tree": 1 + -(-splits // plan.branch)}[config["reduction"]]
+    branches = -(-splits // plan.branch)
+    each = {"last": 1, "kernel": 0, "tree": 1 + branches, "cluster": plan.cluster}[config["reduction"]]
     counters = batch * _head_groups(config, kv_heads) * each
     return Scratch(-(-2 * rows // 4) * 4 + rows * plan.partial_row_floats, counters)
 
@@ -107,22 +116,23 @@ def split_candidates(
 
     A persistent grid divides evenly, so it wants to fill the GPU once (or half, where merging costs more than
     idling). The grid schedule wants whole waves: the CTAs of all requests and heads together come near a multiple of
-    what the GPU holds at once. Neither wants more splits than balance reading and merging.
+    what the GPU holds at once. Neither wants more splits than balance reading and merging. Clusters are whole.
     """
     plan = DecodePlan(config)
     resident = max(1, target.resident_ctas(config["warps"], registers, plan.shared_bytes)) * target.sms
     heads = _head_groups(config, kv_heads)
     steps = max(1, -(-max_context // (GROUP_TOKENS * plan.token_warps * plan.tiles)))
     balanced = _balanced_splits(plan, steps)
+    whole = plan.cluster if config["reduction"] == "cluster" else 1
     if config["schedule"] == "grid":
-        per_wave = max(1, resident // (heads * batch))
+        per_wave = max(1, resident // (heads * batch) // whole * whole)
         wanted = [min(per_wave, balanced), per_wave, 2 * per_wave, max(1, per_wave // 2), 4 * per_wave]
         limit = steps
     else:
         full = max(1, resident // heads)
         wanted = [min(full, balanced * batch), full, max(1, full // 2), max(1, full // 4)]
         limit = steps * batch
-    return tuple(dict.fromkeys(min(w, limit) for w in wanted))[:3]
+    return tuple(dict.fromkeys(-(-min(w, limit) // whole) * whole for w in wanted))[:3]
 
 
 _STEP_US = 1.0
@@ -140,4 +150,6 @@ def _balanced_splits(plan: DecodePlan, steps: int) -> int:
     merge_us = 4 * rows * plan.partial_row_floats / _MERGED_BYTES_PER_US
     if config["reduction"] == "tree":
         merge_us /= plan.branch
+    elif config["reduction"] == "cluster":
+        merge_us /= plan.cluster
     return max(1, round(math.sqrt(steps * _STEP_US / merge_us)))

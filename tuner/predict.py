@@ -25,6 +25,8 @@ _L2_FACTOR = 2.0
 """Bandwidth of the L2 cache, where partial results stay, over DRAM's."""
 _CTA_BYTES_PER_CYCLE = 32.0
 """What one CTA alone reads per clock: the last one to arrive merges a head's splits by itself."""
+_CLUSTER_CYCLES = 1500
+"""What a cluster takes to meet twice and to begin reading each other's shared memory; not measured."""
 _CONFLICTS = {4: 3.4, 3: 1.9}
 """Turns that 32 lanes take to look up pairs of indices in a table of 256 or 64 words, on average over random pairs."""
 _SECTOR = 32
@@ -93,19 +95,26 @@ def _piece(groups: int, pieces: int, least: int) -> int:
 
 def _reduction_us(config: Config, sharers: list[int], shape: Shape, target: Target) -> float:
     """Writing and merging partial results of requests that several CTAs share."""
+    plan, clustered_us = DecodePlan(config), 0.0
+    rows = config["head_warps"] * shape.gqa  # that the CTA which adds up has
+    row_bytes = 4 * (2 + plan.partial_row_floats)
+    if config["reduction"] == "cluster":
+        rows = -(-rows // plan.cluster)
+        read = min(max(sharers, default=0), plan.cluster) * rows * row_bytes / _CTA_BYTES_PER_CYCLE
+        clustered_us = (_CLUSTER_CYCLES + read) / target.clock_mhz
+        sharers = [-(-n // plan.cluster) for n in sharers]
     slots = sum(n for n in sharers if n > 1)
     if not slots:
-        return 0.0
-    row_bytes = 4 * (2 + DecodePlan(config).partial_row_floats) * shape.gqa
-    bytes_us = 2 * slots * shape.kv_heads * row_bytes / (_L2_FACTOR * target.bandwidth_gbps * 1e3)
+        return clustered_us
+    bytes_us = 2 * slots * shape.q_heads * row_bytes / (_L2_FACTOR * target.bandwidth_gbps * 1e3)
     latency_us = LATENCY_US[target.arch]
     if config["reduction"] == "kernel":
         return bytes_us + latency_us  # the second launch is counted as a kernel
-    most, branch = max(sharers), DecodePlan(config).branch
+    most, branch = max(sharers), plan.branch
     levels = 2 if config["reduction"] == "tree" and most > branch else 1
     in_turn = most if levels == 1 else branch + -(-most // branch)  # contributions that one CTA after another reads
-    last = in_turn * config["head_warps"] * row_bytes / _CTA_BYTES_PER_CYCLE / target.clock_mhz
-    return max(bytes_us, last) + 2 * levels * latency_us
+    last = in_turn * rows * row_bytes / _CTA_BYTES_PER_CYCLE / target.clock_mhz
+    return clustered_us + max(bytes_us, last) + 2 * levels * latency_us
 
 
 def _overfetch(config: Config, layout: SlotLayout, shape: Shape) -> float:

@@ -19,7 +19,11 @@ AXES = (
     Axis("query", ("shared", "registers"), "where the query's fragments wait"),
     Axis("accumulate", ("f32", "f16x2", "precise"), "innermost sums: fp32 or halves (fma), precise (mma)"),
     Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
-    Axis("reduction", ("last", "kernel", "tree"), "who adds up splits: the last CTA, a second kernel, or branches"),
+    Axis(
+        "reduction",
+        ("last", "kernel", "tree", "cluster"),
+        "who adds up splits: the last CTA, a second kernel, branches, or clusters of CTAs in shared memory",
+    ),
     Axis("schedule", ("grid", "stream", "share"), "splits per request, or a persistent grid: equal quotas, or pieces"),
 )
 
@@ -99,6 +103,11 @@ CONSTRAINTS = (
         "precise_sums",
         "tensor cores multiply halves: without precise sums peaked scores and small values lose too much",
         lambda c, _: (c["accumulate"] == "precise") != (c["math"] == "mma"),
+    ),
+    Constraint(
+        "clustered_splits",
+        "the CTAs of a cluster have consecutive splits of one request, as the grid schedule has them",
+        lambda c, _: c["reduction"] == "cluster" and c["schedule"] != "grid",
     ),
     Constraint(
         "held_query",

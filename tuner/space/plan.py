@@ -181,6 +181,9 @@ class DecodePlan:
     branch = 8
     """Contributions to a request that one CTA adds up where ``reduction`` is "tree"."""
 
+    cluster = 8
+    """CTAs of a cluster where ``reduction`` is "cluster": the most that every GPU with clusters takes."""
+
     beginning_steps = 4
     """Steps that beginning and ending a span are taken to last: a cautious estimate, since 6 were seen at 32 x 4k."""
 

@@ -130,7 +130,7 @@ def _facts(source: Source) -> dict[str, Any]:
     """Fields of ``wph::Kernel`` in its order; what an op does not have is 0."""
     config = source.config
     facts: dict[str, Any] = {"block": 32 * config["warps"], "reduce_warps": 0, "shared_bytes": 0}
-    facts |= {"head_warps": 0, "stream": 0, "counts": 0, "branch": 0, "row_floats": 0, "rows": 0}
+    facts |= {"head_warps": 0, "stream": 0, "counts": 0, "branch": 0, "cluster": 0, "row_floats": 0, "rows": 0}
     facts |= {"load": "DIRECT", "alignment": 1, "slot_bytes": config.problem.layout.slot_bytes}
     if config.problem.op == "dequant":
         shape = dequant_shape(config)
@@ -146,6 +146,7 @@ def _facts(source: Source) -> dict[str, Any]:
         "stream": int(config["schedule"] != "grid"),
         "counts": int(config["reduction"] != "kernel"),
         "branch": plan.branch if config["reduction"] == "tree" else 0,
+        "cluster": plan.cluster if config["reduction"] == "cluster" else 0,
         "row_floats": plan.partial_row_floats,
         "load": config["load"].upper(),
         "alignment": plan.alignment,

@@ -46,17 +46,19 @@ wph_plan decode_plan(const Table &table, int kernel, int batch, int kv_heads, in
     wph_plan plan = make_plan(kernel, batch, kv_heads);
     const unsigned head_groups = divide_up(kv_heads, k.head_warps);
     plan.splits = splits;
-    plan.grid[0] = splits, plan.grid[1] = head_groups, plan.grid[2] = k.stream ? 1 : batch;
+    const unsigned shares = k.cluster ? divide_up(splits, k.cluster) : splits;  // of a request, in global memory
+    plan.grid[0] = k.cluster ? shares * k.cluster : splits;
+    plan.grid[1] = head_groups, plan.grid[2] = k.stream ? 1 : batch;
     const size_t heads = static_cast<size_t>(kv_heads) * table.group;
     if (k.reduce) {
         plan.reduce_grid[0] = divide_up(heads, k.reduce_warps), plan.reduce_grid[1] = batch, plan.reduce_grid[2] = 1;
         plan.reduce_block = 32 * k.reduce_warps;
     }
     // Per split and query head: a maximum, a sum, and the output before division, whose rows start at 16 bytes.
-    const size_t parts = k.stream ? 2 * static_cast<size_t>(splits) : static_cast<size_t>(batch) * splits;
+    const size_t parts = k.stream ? 2 * static_cast<size_t>(splits) : static_cast<size_t>(batch) * shares;
     const size_t rows = parts * heads;
     plan.partials_bytes = ((2 * rows + 3) / 4 * 4 + rows * k.row_floats) * sizeof(float);
-    const size_t counters = k.counts ? 1 + (k.branch ? divide_up(splits, k.branch) : 0) : 0;
+    const size_t counters = k.cluster ? k.cluster : k.counts ? 1 + (k.branch ? divide_up(splits, k.branch) : 0) : 0;
     plan.counters_bytes = static_cast<size_t>(batch) * head_groups * counters * sizeof(int);
     return plan;
 }
