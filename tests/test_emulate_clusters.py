@@ -41,6 +41,11 @@ def test_ctas_read_their_neighbours(root, seed):
 
 
 @SEEDS
+def test_addresses_of_shared_memory_tell_the_cta(root, seed):
+    np.testing.assert_array_equal(run(root, "by_address", 1, seed=seed), np.arange(512).reshape(8, 64))
+
+
+@SEEDS
 @pytest.mark.parametrize(
     ("entry", "n", "message"),
     [
@@ -49,6 +54,7 @@ def test_ctas_read_their_neighbours(root, seed):
         ("written_too_early", 0, r"data race: CTA \d of the cluster (has written|writes) shared memory's byte \d+"),
         ("no_such_cta", 4, r"CTA 4 of a cluster of 4"),
         ("no_such_cta", -1, r"CTA -1 of a cluster of 4"),
+        ("by_address", 0, r"an address of CTA 0 of the cluster, expected one of CTA [123]"),
         ("one_stays_away", 0, r"deadlock: 64 threads wait at sync_cluster"),
     ],
 )

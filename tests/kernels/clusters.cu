@@ -43,3 +43,11 @@ extern "C" __global__ void __cluster_dims__(4, 1, 1) no_such_cta(const __grid_co
 extern "C" __global__ void __cluster_dims__(4, 1, 1) one_stays_away(const __grid_constant__ Params p) {
     if (blockIdx.x % 4 != 2) sync_cluster();
 }
+// An address without the CTA's rank is one of the first CTA's.
+extern "C" __global__ void __cluster_dims__(4, 1, 1) by_address(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) unsigned numbers[];
+    numbers[threadIdx.x] = 64 * blockIdx.x + threadIdx.x;
+    sync_cta();
+    const unsigned start = shared_address(numbers);
+    p.out[64 * blockIdx.x + threadIdx.x] = static_cast<float>(load_shared((p.n ? start : 1024) + 4 * threadIdx.x));
+}

@@ -75,16 +75,20 @@ void check_global(const void *p, std::size_t bytes, std::size_t alignment, const
     check_access(p, bytes, what, line);
 }
 
-// Where a CTA's dynamic shared memory starts on GPUs: the system keeps the first KiB.
-constexpr unsigned shared_start = 1024;
+// Where a CTA's dynamic shared memory starts on GPUs: the system keeps the first KiB. The highest byte of an address is
+// the CTA's rank in its cluster (so on Hopper), so that an address without it means the first CTA's memory.
+constexpr unsigned shared_start = 1024, window_bytes = 1u << 24;
 
 unsigned shared_address(const void *p, int line) {
     check_shared(p, 0, 1, "shared_address", line);
-    return shared_start + static_cast<unsigned>(static_cast<const unsigned char *>(p) - shared_begin());
+    const auto at = static_cast<unsigned>(static_cast<const unsigned char *>(p) - shared_begin());
+    return current->warp->cta->rank * window_bytes + shared_start + at;
 }
 
 unsigned load_shared(unsigned address, int line) {
-    const unsigned char *from = shared_begin() + (static_cast<long>(address) - shared_start);
+    const unsigned owner = address / window_bytes, rank = current->warp->cta->rank;
+    if (owner != rank) fail(line, "load_shared: an address of CTA %u of the cluster, expected one of CTA %u", owner, rank);
+    const unsigned char *from = shared_begin() + (static_cast<long>(address % window_bytes) - shared_start);
     check_shared(from, 4, 4, "load_shared", line);
     reads(from, 4);
     unsigned v;
