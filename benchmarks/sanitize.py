@@ -6,10 +6,11 @@
 One line per kernel and tool. Kernels of a table share a process, since starting one takes longest, and where a tool
 reports anything each gets its own; --jobs processes at a time, whose whole output is kept in --work.
 
-Before that racecheck is asked about a small program without races, sanitize_control.cu, in which some warps of a CTA
-meet at a barrier of their own. Where it reports hazards there, what it reports of kernels with such barriers says
-nothing: they are called unsure and counted by themselves, and `python benchmarks/races.py` looks for their races in
-the emulator. Ends with 1 where a tool reports anything else, or where a kernel was left out for want of time.
+Before that racecheck is asked about a small program, sanitize_control.cu, with a race and without. It must tell them
+apart. Then the same where some warps of a CTA meet at a barrier of their own: if it cannot tell them apart there, what
+it says of kernels with such barriers says nothing. They are called unsure and counted by themselves, and
+`python benchmarks/races.py` looks for their races in the emulator. Ends with 1 where a tool reports anything else, or
+where a kernel was left out for want of time.
 """
 
 from __future__ import annotations
@@ -101,8 +102,8 @@ def summary(text: str) -> str:
 
 
 def confused(sanitizer: str, arch: str, work: Path) -> bool:
-    """Whether racecheck reports the control program, in which nothing races. Raises TunerError where it cannot be
-    asked, or finds nothing in the same program with a barrier left out.
+    """Whether racecheck cannot tell right from wrong where some warps meet by themselves. Raises TunerError where it
+    cannot be asked, or cannot tell them apart without such barriers either.
     """
     nvcc = toolchain.find((arch,))
     program = work / "control"
@@ -113,13 +114,15 @@ def confused(sanitizer: str, arch: str, work: Path) -> bool:
         if run_bounded(build, log, _CONTROL_S, env=nvcc.env) != 0:
             raise TunerError(f"{_CONTROL.name} does not compile: see {work / 'control.log'}")
         tool = [sanitizer, "--tool", "racecheck", "--error-exitcode", str(_FOUND), str(program)]
-        right, planted = (run_bounded([*tool, races], log, _CONTROL_S) for races in ("0", "1"))
-    if right not in (0, _FOUND):
+        plain, paired = ([run_bounded([*tool, r, p], log, _CONTROL_S) for r in ("0", "1")] for p in ("0", "1"))
+    if not {*plain, *paired} <= {0, _FOUND}:
         raise TunerError(f"racecheck could not run {_CONTROL.name}: see {work / 'control.log'}")
-    if planted != _FOUND:
-        raise TunerError(f"racecheck does not find the race planted in {_CONTROL.name}: see {work / 'control.log'}")
-    print(f"control: a planted race is found; without one racecheck reports {'hazards' if right else 'nothing'}")
-    return right == _FOUND
+    told = [0, _FOUND]
+    if plain != told:
+        raise TunerError(f"racecheck does not tell races in {_CONTROL.name}: see {work / 'control.log'}")
+    able = "can" if paired == told else "cannot"
+    print(f"control: racecheck {able} tell a race where some warps of a CTA have a barrier of their own")
+    return paired != told
 
 
 def gate(words: Sequence[str]) -> int:
@@ -169,7 +172,7 @@ def examine_all(
 ) -> list[str]:
     """Of each kernel and tool that there was time for: CLEAN, FOUND or UNSURE; a line on each.
 
-    UNSURE is what racecheck reports of kernels with barriers of a part of the CTA where ``unsure``.
+    UNSURE is what racecheck says of kernels with barriers of a part of the CTA where ``unsure``.
     """
     work.mkdir(parents=True, exist_ok=True)
     deadline, stop = time.monotonic() + timeout_s, threading.Event()
@@ -186,11 +189,12 @@ def examine_all(
             return [word for subject in group for word in examine([subject], tool)]
         if status is None:
             return []
-        excused = unsure and status == _FOUND and tool == "racecheck" and group[0].named_barriers
-        word = UNSURE if excused else FOUND if status else CLEAN
+        said = []
         for subject in group:
-            print(f"{word} {tool:9} {subject.name}: {summary(log.read_text())}", flush=True)
-        return [word] * len(group)
+            nothing = unsure and status in (0, _FOUND) and tool == "racecheck" and subject.named_barriers
+            said.append(UNSURE if nothing else FOUND if status else CLEAN)
+            print(f"{said[-1]} {tool:9} {subject.name}: {summary(log.read_text())}", flush=True)
+        return said
 
     pool = ThreadPoolExecutor(jobs)
     try:

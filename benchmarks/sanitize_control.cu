@@ -1,6 +1,6 @@
-// A program that racecheck is asked about before our kernels: pairs of warps exchange numbers under a barrier of their own,
-// each pair a different number of times, then the whole CTA under __syncthreads. Nothing races, unless `races` is 1: then
-// the last barrier is left out.
+// A program that racecheck is asked about before our kernels. Its first argument: 1 leaves out the last barrier, so that
+// there is a race; its second: 1 lets pairs of warps exchange numbers before, under a barrier of their own and each pair a
+// different number of times.
 #include <cstdio>
 #include <cstdlib>
 
@@ -24,8 +24,8 @@ __global__ void exchange(const int *rounds, int races, int *out) {
 }
 
 int main(int count, char **words) {
-    const int races = count > 1 ? std::atoi(words[1]) : 0;
-    const int host[WARPS / 2] = {3, 1, 0, 5};
+    const int races = count > 1 ? std::atoi(words[1]) : 0, paired = count > 2 ? std::atoi(words[2]) : 0;
+    const int host[WARPS / 2] = {3 * paired, paired, 0, 5 * paired};
     int *rounds, *out, found[THREADS];
     cudaMalloc(&rounds, sizeof host);
     cudaMalloc(&out, sizeof found);

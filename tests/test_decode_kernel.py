@@ -45,7 +45,7 @@ def draw(chooser: random.Random, warps: int) -> dict[str, Value]:
     else:
         values["accumulate"] = chooser.choice(("f32", "f16x2"))
         values["query"] = "shared"
-    if values["reduction"] == "cluster":
+    if values["reduction"].startswith("cluster"):
         values["schedule"] = "grid"
     return values
 
@@ -250,19 +250,21 @@ CLUSTERED = [
 def test_clusters_of_splits(index: int) -> None:
     """Fewer parts than a cluster has CTAs, whole clusters and one more, and clusters of which only some have parts."""
     cache_format, head_dim, gqa, values = CLUSTERED[index]
-    config = default_config(Problem("decode", head_dim, gqa, cache_format)).with_(reduction="cluster", **values)
+    size = (8, 2, 4)[index % 3]
+    problem = Problem("decode", head_dim, gqa, cache_format)
+    config = default_config(problem).with_(reduction=f"cluster{size}", **values)
     refused = [c.name for c in SPACE.refusals(config, get_target("sm_90"))]
     assert refused == []
     step = 16 * DecodePlan(config).token_warps * DecodePlan(config).tiles
     case = small_case(config, (0, 66 * step + 1, 1, 9 * step, 3 * step - 5))
-    for splits in (1, 3, 8, 9, 16, 40, 66):
+    for splits in (1, 3, size, size + 1, 2 * size, 40, 66):
         check(config, case, splits, seed=splits, concurrent_ctas=1 + splits % 9)
     assert torch.equal(emulate_decode(config, case, 40), emulate_decode(config, case, 40, seed=3, concurrent_ctas=20))
 
 
 @pytest.mark.parametrize("head_warps", [2, 4])
 def test_clusters_of_more_heads_than_there_are(head_warps: int) -> None:
-    config = DEFAULT.with_(warps=4, head_warps=head_warps, reduction="cluster")
+    config = DEFAULT.with_(warps=4, head_warps=head_warps, reduction="cluster8")
     case = synthetic_cache(config.problem.layout, (700, 33), q_heads=12, kv_heads=3)
     for splits in (3, 20):
         check(config, case, splits)

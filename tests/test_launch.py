@@ -77,21 +77,23 @@ def test_a_second_kernel_merges_where_the_configuration_says_so() -> None:
     assert decode_launches(config_of(), query[:0], cache, 4) == []
 
 
-@pytest.mark.parametrize(("splits", "clusters"), [(1, 1), (8, 1), (9, 2), (66, 9)])
-def test_clusters_are_whole_and_leave_a_slot_each(splits: int, clusters: int) -> None:
-    config = config_of(reduction="cluster", warps=4, head_warps=2)
+@pytest.mark.parametrize(
+    ("size", "splits", "clusters"), [(8, 1, 1), (8, 8, 1), (8, 9, 2), (8, 66, 9), (4, 9, 3), (2, 66, 33)]
+)
+def test_clusters_are_whole_and_leave_a_slot_each(size: int, splits: int, clusters: int) -> None:
+    config = config_of(reduction=f"cluster{size}", warps=4, head_warps=2)
     geometry = decode_geometry(config, batch=3, kv_heads=5, splits=splits)
-    assert geometry.grid == (8 * clusters, 3, 3)
+    assert geometry.grid == (size * clusters, 3, 3)
     scratch = decode_scratch(config, batch=3, kv_heads=5, splits=splits)
     rows = 3 * clusters * 5 * 4
-    assert scratch == Scratch(2 * rows + 64 * rows, 3 * 3 * 8)
+    assert scratch == Scratch(2 * rows + 64 * rows, 3 * 3 * size)
     counts = {"registers": 128, "batch": 1, "kv_heads": 2, "target": get_target("sm_90")}
     for context in (1, 1000, 100_000):
-        assert not any(n % 8 for n in split_candidates(config, max_context=context, **counts))
+        assert not any(n % size for n in split_candidates(config, max_context=context, **counts))
 
 
 def test_clusters_are_refused_where_splits_are_not_per_request() -> None:
-    config = config_of(reduction="cluster")
+    config = config_of(reduction="cluster2")
     refused = {
         s: [c.name for c in get_space("decode").refusals(config.with_(schedule=s), get_target("sm_90"))]
         for s in ("grid", "stream", "share")

@@ -98,7 +98,7 @@ def test_triton_times_are_near_the_measured_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("schedule", "reduction"),
-    [*itertools.product(("grid", "stream", "share"), ("last", "kernel", "tree")), ("grid", "cluster")],
+    [*itertools.product(("grid", "stream", "share"), ("last", "kernel", "tree")), ("grid", "cluster8")],
 )
 @pytest.mark.parametrize("arch", ["sm_90", "sm_121"])
 def test_no_shorter_context_asks_for_more_splits(arch: str, schedule: str, reduction: str) -> None:
@@ -176,7 +176,7 @@ def test_clusters_read_less_through_global_memory() -> None:
     config = default_config(Problem("decode", 256, 8, FORMAT))
     last, tree, clustered = (
         [_reduction_us(config.with_(reduction=r), [n], Shape(256, 16, 2), H200) for n in (1, 8, 9, 66)]
-        for r in ("last", "tree", "cluster")
+        for r in ("last", "tree", "cluster8")
     )
     assert 0 < clustered[0] < clustered[1] < clustered[2] < clustered[3]
     assert clustered[1] < last[1] and clustered[3] < tree[3] / 2 < last[3] / 3

@@ -158,31 +158,42 @@ def test_a_kernel_that_is_reported_is_told_apart_from_those_it_ran_with(
     assert sanitize.examine_all([(group, "memcheck")], str(tool), tmp_path / "w", 1, 0) == []
 
 
-def test_where_racecheck_reports_the_control_kernels_with_such_barriers_are_unsure(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("status", "word"), [(9, "FOUND"), (0, "clean")])
+def test_where_racecheck_fails_the_control_kernels_with_such_barriers_are_unsure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, word: str
 ) -> None:
     subjects = list(sanitize.subjects(PACKAGE_TABLES, "sm_90"))
     sliced = next(s for s in subjects if s.named_barriers)
     whole = next(s for s in subjects if not s.named_barriers)
     tool = tmp_path / "sanitizer"
-    tool.write_text(f"#!{sys.executable}\nprint('========= RACECHECK SUMMARY: 3 hazards')\nraise SystemExit(9)\n")
+    tool.write_text(f"#!{sys.executable}\nprint('========= RACECHECK SUMMARY: 3 hazards')\nraise SystemExit({status})\n")
     tool.chmod(0o755)
     asked = [([sliced], "racecheck"), ([sliced], "memcheck"), ([whole], "racecheck")]
-    for unsure, expected in ((True, ["unsure", "FOUND", "FOUND"]), (False, ["FOUND"] * 3)):
+    for unsure, expected in ((True, ["unsure", word, word]), (False, [word] * 3)):
         assert sanitize.examine_all(asked, str(tool), tmp_path, 1, 60, unsure=unsure) == expected
         assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == expected
 
 
 @pytest.mark.parametrize(
-    ("right", "planted", "expected"),
-    [(0, 9, False), (9, 9, True), (1, 9, "could not run"), (0, 0, "does not find the race planted")],
+    ("answers", "expected"),
+    [
+        ((0, 9, 0, 9), False),
+        ((0, 9, 9, 9), True),
+        ((0, 9, 9, 0), True),
+        ((0, 9, 0, 0), True),
+        ((0, 9, 1, 9), "could not run"),
+        ((0, 0, 0, 9), "does not tell races"),
+        ((9, 9, 0, 9), "does not tell races"),
+    ],
 )
 def test_the_control_says_whether_racecheck_can_be_believed(
-    tmp_path: Path, right: int, planted: int, expected: bool | str
+    tmp_path: Path, answers: tuple[int, ...], expected: bool | str
 ) -> None:
     """The program is compiled; a script stands in the sanitizer's place, which needs a GPU."""
     tool = tmp_path / "sanitizer"
-    tool.write_text(f"#!{sys.executable}\nimport sys\nsys.exit({{'0': {right}, '1': {planted}}}[sys.argv[-1]])\n")
+    tool.write_text(f"#!{sys.executable}\nimport sys\nraces, paired = map(int, sys.argv[-2:])\n")
+    with tool.open("a") as file:
+        file.write(f"sys.exit({answers}[2 * paired + races])\n")
     tool.chmod(0o755)
     if isinstance(expected, str):
         with pytest.raises(TunerError, match=expected):

@@ -43,8 +43,8 @@ def _head_groups(config: Config, kv_heads: int) -> int:
     return -(-kv_heads // int(config["head_warps"]))
 
 
-def _clusters(config: Config, splits: int) -> int:
-    """Clusters that have the splits of a request (configurations with ``reduction=cluster``)."""
+def _shares(config: Config, splits: int) -> int:
+    """Contributions to a request that go through global memory: one of each split, or of each cluster of them."""
     return -(-splits // DecodePlan(config).cluster)
 
 
@@ -52,7 +52,7 @@ def decode_geometry(config: Config, *, batch: int, kv_heads: int, splits: int) -
     """Geometry of ``wph_decode``; ``splits`` as in DecodeParams."""
     plan = DecodePlan(config)
     requests = batch if config["schedule"] == "grid" else 1
-    ctas = _clusters(config, splits) * plan.cluster if config["reduction"] == "cluster" else splits
+    ctas = _shares(config, splits) * plan.cluster
     return Geometry((ctas, _head_groups(config, kv_heads), requests), 32 * config["warps"], plan.shared_bytes)
 
 
@@ -99,12 +99,11 @@ def decode_scratch(config: Config, *, batch: int, kv_heads: int, splits: int) ->
     Every slot holds per query head a maximum, a sum and the unnormalised output. Clusters leave one slot each, and
     their CTAs of equal rank share a counter.
     """
-    shares = _clusters(config, splits) if config["reduction"] == "cluster" else splits
-    slots = batch * shares if config["schedule"] == "grid" else 2 * splits
+    slots = batch * _shares(config, splits) if config["schedule"] == "grid" else 2 * splits
     rows = slots * kv_heads * config.problem.gqa
     plan = DecodePlan(config)
     branches = -(-splits // plan.branch)
-    each = {"last": 1, "kernel": 0, "tree": 1 + branches, "cluster": plan.cluster}[config["reduction"]]
+    each = {"kernel": 0, "tree": 1 + branches}.get(str(config["reduction"]), plan.cluster)
     counters = batch * _head_groups(config, kv_heads) * each
     return Scratch(-(-2 * rows // 4) * 4 + rows * plan.partial_row_floats, counters)
 
@@ -119,20 +118,20 @@ def split_candidates(
     what the GPU holds at once. Neither wants more splits than balance reading and merging. Clusters are whole.
     """
     plan = DecodePlan(config)
-    resident = max(1, target.resident_ctas(config["warps"], registers, plan.shared_bytes)) * target.sms
+    per_sm = max(1, target.resident_ctas(config["warps"], registers, plan.shared_bytes))
+    resident = target.held_ctas(per_sm, plan.cluster)
     heads = _head_groups(config, kv_heads)
     steps = max(1, -(-max_context // (GROUP_TOKENS * plan.token_warps * plan.tiles)))
     balanced = _balanced_splits(plan, steps)
-    whole = plan.cluster if config["reduction"] == "cluster" else 1
     if config["schedule"] == "grid":
-        per_wave = max(1, resident // (heads * batch) // whole * whole)
+        per_wave = max(1, resident // (heads * batch) // plan.cluster * plan.cluster)
         wanted = [min(per_wave, balanced), per_wave, 2 * per_wave, max(1, per_wave // 2), 4 * per_wave]
         limit = steps
     else:
         full = max(1, resident // heads)
         wanted = [min(full, balanced * batch), full, max(1, full // 2), max(1, full // 4)]
         limit = steps * batch
-    return tuple(dict.fromkeys(-(-min(w, limit) // whole) * whole for w in wanted))[:3]
+    return tuple(dict.fromkeys(_shares(config, min(w, limit)) * plan.cluster for w in wanted))[:3]
 
 
 _STEP_US = 1.0
@@ -148,8 +147,5 @@ def _balanced_splits(plan: DecodePlan, steps: int) -> int:
     config = plan.config
     rows = _REDUCE_WARPS if config["reduction"] == "kernel" else config["head_warps"] * config.problem.gqa
     merge_us = 4 * rows * plan.partial_row_floats / _MERGED_BYTES_PER_US
-    if config["reduction"] == "tree":
-        merge_us /= plan.branch
-    elif config["reduction"] == "cluster":
-        merge_us /= plan.cluster
+    merge_us /= plan.branch if config["reduction"] == "tree" else plan.cluster
     return max(1, round(math.sqrt(steps * _STEP_US / merge_us)))

@@ -65,6 +65,7 @@ class Launch:
     memory_bytes: float
     reduction_us: float
     kernels: int
+    cluster: int = 1
 
 
 @lru_cache(maxsize=4096)
@@ -96,7 +97,7 @@ def model(launch: Launch, target: Target) -> Prediction:
     latency_us = LATENCY_US[target.arch]
     cycle_us = 1.0 / target.clock_mhz
     number = sum(n for n, _ in launch.ctas)
-    slots = resident * target.sms
+    slots = target.held_ctas(resident, launch.cluster)
     waves = number / slots
 
     on_sm = busiest(launch.ctas, target.sms) * launch.warps

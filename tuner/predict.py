@@ -98,7 +98,7 @@ def _reduction_us(config: Config, sharers: list[int], shape: Shape, target: Targ
     plan, clustered_us = DecodePlan(config), 0.0
     rows = config["head_warps"] * shape.gqa  # that the CTA which adds up has
     row_bytes = 4 * (2 + plan.partial_row_floats)
-    if config["reduction"] == "cluster":
+    if plan.cluster > 1:
         rows = -(-rows // plan.cluster)
         read = min(max(sharers, default=0), plan.cluster) * rows * row_bytes / _CTA_BYTES_PER_CYCLE
         clustered_us = (_CLUSTER_CYCLES + read) / target.clock_mhz
@@ -167,6 +167,7 @@ def predict(
         memory_bytes=cache_bytes(shape, problem.layout, bucket) * _overfetch(config, problem.layout, shape),
         reduction_us=_reduction_us(config, sharers, shape, target),
         kernels=2 if merges else 1,
+        cluster=plan.cluster,
     )
     return model(launch, target)
 

@@ -21,8 +21,8 @@ AXES = (
     Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
     Axis(
         "reduction",
-        ("last", "kernel", "tree", "cluster"),
-        "who adds up splits: the last CTA, a second kernel, branches, or clusters of CTAs in shared memory",
+        ("last", "kernel", "tree", "cluster2", "cluster4", "cluster8"),
+        "who adds up splits: the last CTA, a second kernel, branches, or first clusters of CTAs in shared memory",
     ),
     Axis("schedule", ("grid", "stream", "share"), "splits per request, or a persistent grid: equal quotas, or pieces"),
 )
@@ -107,7 +107,7 @@ CONSTRAINTS = (
     Constraint(
         "clustered_splits",
         "the CTAs of a cluster have consecutive splits of one request, as the grid schedule has them",
-        lambda c, _: c["reduction"] == "cluster" and c["schedule"] != "grid",
+        lambda c, _: DecodePlan(c).cluster > 1 and c["schedule"] != "grid",
     ),
     Constraint(
         "held_query",
@@ -180,7 +180,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
 
     Large batches: bulk copies of all KV heads, the pair table shared by many warps, tokens divided evenly (by quotas
     in what won; pieces of requests, which spare ragged batches a second beginning, came later and stand beside them).
-    Small batches: every SM gets a piece of one head; channels divided among warps shorten a step, branches the merging.
+    Small batches: every SM gets a piece of one head; channels divided among warps shorten a step, branches and clusters
+    the merging.
     """
     dims = default_config(problem)["dim_warps"]
     key = problem.layout.key
@@ -199,6 +200,9 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         bulk | {"warps": 8, "tokens": 32, "lookup": spread},
         alone | {"warps": 8, "lookup": spread},
         sliced | {"lookup": spread, "reduction": "tree"},
+        sliced | {"stages": 4, "lookup": spread, "reduction": "cluster2"},
+        alone | {"warps": 8, "stages": 4, "lookup": spread, "reduction": "cluster2"},
+        alone | {"warps": 8, "lookup": spread, "reduction": "cluster8"},
         sliced | {"lookup": spread},
         bulk | {"warps": 8, "tokens": 32, "lookup": spread, "reduction": "tree"},
         alone | {"warps": 8, "stages": 4, "lookup": spread, "reduction": "tree"},
@@ -209,6 +213,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         bulk | {"warps": 8, "tokens": 32, "lookup": spread, "schedule": "stream"},
         sliced | {"lookup": "prmt"},
         alone | {"warps": 8, "stages": 4, "lookup": spread},
+        sliced | {"stages": 4, "lookup": spread, "reduction": "tree"},
+        sliced | {"stages": 4, "lookup": spread, "reduction": "cluster4"},
         sliced | {"tokens": 32, "lookup": spread, "reduction": "tree"},
         bulk | {"warps": 8, "lookup": spread},
         alone | {"warps": 16, "lookup": spread},

@@ -181,8 +181,10 @@ class DecodePlan:
     branch = 8
     """Contributions to a request that one CTA adds up where ``reduction`` is "tree"."""
 
-    cluster = 8
-    """CTAs of a cluster where ``reduction`` is "cluster": the most that every GPU with clusters takes."""
+    @property
+    def cluster(self) -> int:
+        """CTAs that add up what they have in each other's shared memory; 1 where nothing is added up there."""
+        return {"cluster2": 2, "cluster4": 4, "cluster8": 8}.get(str(self.config["reduction"]), 1)
 
     beginning_steps = 4
     """Steps that beginning and ending a span are taken to last: a cautious estimate, since 6 were seen at 32 x 4k."""

@@ -146,7 +146,7 @@ def _facts(source: Source) -> dict[str, Any]:
         "stream": int(config["schedule"] != "grid"),
         "counts": int(config["reduction"] != "kernel"),
         "branch": plan.branch if config["reduction"] == "tree" else 0,
-        "cluster": plan.cluster if config["reduction"] == "cluster" else 0,
+        "cluster": plan.cluster,
         "row_floats": plan.partial_row_floats,
         "load": config["load"].upper(),
         "alignment": plan.alignment,

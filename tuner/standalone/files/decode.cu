@@ -46,8 +46,8 @@ wph_plan decode_plan(const Table &table, int kernel, int batch, int kv_heads, in
     wph_plan plan = make_plan(kernel, batch, kv_heads);
     const unsigned head_groups = divide_up(kv_heads, k.head_warps);
     plan.splits = splits;
-    const unsigned shares = k.cluster ? divide_up(splits, k.cluster) : splits;  // of a request, in global memory
-    plan.grid[0] = k.cluster ? shares * k.cluster : splits;
+    const unsigned shares = divide_up(splits, k.cluster);  // of a request, in global memory
+    plan.grid[0] = shares * k.cluster;
     plan.grid[1] = head_groups, plan.grid[2] = k.stream ? 1 : batch;
     const size_t heads = static_cast<size_t>(kv_heads) * table.group;
     if (k.reduce) {
@@ -58,7 +58,7 @@ wph_plan decode_plan(const Table &table, int kernel, int batch, int kv_heads, in
     const size_t parts = k.stream ? 2 * static_cast<size_t>(splits) : static_cast<size_t>(batch) * shares;
     const size_t rows = parts * heads;
     plan.partials_bytes = ((2 * rows + 3) / 4 * 4 + rows * k.row_floats) * sizeof(float);
-    const size_t counters = k.cluster ? k.cluster : k.counts ? 1 + (k.branch ? divide_up(splits, k.branch) : 0) : 0;
+    const size_t counters = k.counts ? k.cluster + (k.branch ? divide_up(splits, k.branch) : 0) : 0;
     plan.counters_bytes = static_cast<size_t>(batch) * head_groups * counters * sizeof(int);
     return plan;
 }
