@@ -26,7 +26,7 @@ _L2_FACTOR = 2.0
 _CTA_BYTES_PER_CYCLE = 32.0
 """What one CTA alone reads per clock: the last one to arrive merges a head's splits by itself."""
 _CLUSTER_CYCLES = 1500
-"""What a cluster takes to meet twice and to begin reading each other's shared memory; not measured."""
+"""What a cluster takes to meet twice and to begin reading each other's shared memory; never measured by itself."""
 _CONFLICTS = {4: 3.4, 3: 1.9}
 """Turns that 32 lanes take to look up pairs of indices in a table of 256 or 64 words, on average over random pairs."""
 _SECTOR = 32
