@@ -41,7 +41,7 @@ def covering_configs(format_name: str, head_dim: int) -> list[Config]:
     chosen = []
     for warps in WARPS:
         best: tuple[int, Config] | None = None
-        for _ in range(200):
+        for _ in range(800):
             values = {a.name: rng.choice(a.values) for a in SPACE.axes} | {"warps": warps}
             if not problem.layout.format.key_codebook:
                 values |= {"search": "select"}
@@ -115,6 +115,22 @@ def test_rotation_by_products(format_name: str, head_dim: int) -> None:
     for i, config in enumerate(configs):
         for dtype in (torch.bfloat16, torch.float16):
             check(config, small_case(format_name, head_dim, tokens=22, kv_heads=1 + i, dtype=dtype), seed=i)
+
+
+@needs_gxx
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("format_name", ["turboquant_4bit_nc", "turboquant_3bit_nc"])
+def test_rotation_by_quads(format_name: str, head_dim: int) -> None:
+    """Every number of chunks and quads that hold a row, both dtypes, midpoints with and without their codes in a word."""
+    chunks = [n for n in (1, 2, 4) if 4 <= head_dim // (8 * n) <= 32]
+    configs = [
+        problem_config(format_name, head_dim, transform="quads", chunks=n, search=search, **STORES[i % 4])
+        for i, (n, search) in enumerate((n, s) for n in chunks for s in ("cells", "packed"))
+    ]
+    compiled(*configs)
+    for i, config in enumerate(configs):
+        for dtype in (torch.bfloat16, torch.float16):
+            check(config, small_case(format_name, head_dim, tokens=22, kv_heads=1 + i % 3, dtype=dtype), seed=i)
 
 
 @needs_gxx
@@ -238,6 +254,7 @@ def test_block_sizes(block_size: int) -> None:
         ("turboquant_k8v4", {}),
         ("turboquant_3bit_nc", {}),
         ("turboquant_3bit_nc", {"transform": "tensor", "chunks": 2}),
+        ("turboquant_3bit_nc", {"transform": "quads", "chunks": 4, "search": "packed"}),
         ("turboquant_seed_dense", {}),
     ],
 )
@@ -274,7 +291,7 @@ def test_value_ties_fall_as_in_the_reference(format_name: str) -> None:
 
 
 @needs_gxx
-@pytest.mark.parametrize("search", ["select", "chain", "cells"])
+@pytest.mark.parametrize("search", ["select", "chain", "cells", "packed"])
 def test_any_ascending_codebook(search: str) -> None:
     """Levels so uneven that two midpoints share a cell, equal levels, and coefficients exactly on a midpoint."""
     config = problem_config("turboquant_3bit_nc", 64, search=search)
@@ -302,8 +319,8 @@ def test_no_cell_holds_two_midpoints_of_the_formats(bits: int, head_dim: int) ->
 
 
 @needs_gxx
-@pytest.mark.parametrize("transform", ["shuffle", "tensor"])
-@pytest.mark.parametrize("search", ["select", "cells"])
+@pytest.mark.parametrize("transform", ["shuffle", "tensor", "quads"])
+@pytest.mark.parametrize("search", ["select", "packed"])
 def test_rows_with_nan_or_infinity_harm_no_other(search: str, transform: str) -> None:
     config = problem_config("turboquant_4bit_nc", 128, search=search, transform=transform, chunks=2)
     case = small_case("turboquant_4bit_nc", 128)

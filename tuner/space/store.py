@@ -19,13 +19,15 @@ AXES = (
     Axis("order", ("heads", "tokens"), "what runs fastest over a warp's rows"),
     Axis(
         "transform",
-        ("shuffle", "tensor"),
-        "stages of a key's rotation: additions and shuffles, or four of them and the length on the tensor cores",
+        ("shuffle", "tensor", "quads"),
+        "stages of a key's rotation: additions and shuffles, or some on the tensor cores, rows being right operands (four"
+        " stages and the length) or left ones, which stay on their lanes (four, and those over a lane's chunks)",
     ),
     Axis(
         "search",
-        ("select", "chain", "cells"),
-        "midpoints below a coefficient: binary search by selects, one comparison each, or one within a computed cell",
+        ("select", "chain", "cells", "packed"),
+        "midpoints below a coefficient: binary search by selects, one comparison each, or one within a computed cell,"
+        " fetched apart from the code that it decides on or in one word with it",
     ),
     Axis("store", ("direct", "staged"), "lanes write their own bytes, or rows are put together in shared memory first"),
     Axis("store_bytes", (4, 8, 16), "widest single store"),
@@ -95,7 +97,7 @@ def _register_estimate(config: Config) -> int:
     flying = config["rows"] * (2 if config["sides"] == "together" else 1) * held // 2
     outliers = held if config.problem.layout.outliers else 0
     constants = (held if fmt.has_signs else 0) + outliers
-    thresholds = (1 << fmt.key_bits) - 1 if fmt.key_codebook and config["search"] != "cells" else 0
+    thresholds = (1 << fmt.key_bits) - 1 if fmt.key_codebook and config["search"] not in ("cells", "packed") else 0
     return 20 + flying + 3 * config["rows"] + held + constants + thresholds
 
 
@@ -111,7 +113,7 @@ def _shared_short(config: Config, target: Target) -> bool:
 
 def _no_rotation(config: Config) -> bool:
     fmt = config.problem.layout.format
-    return config["transform"] == "tensor" and (not fmt.key_codebook or fmt.has_signs)
+    return config["transform"] != "shuffle" and (not fmt.key_codebook or fmt.has_signs)
 
 
 def _product_shape(config: Config) -> bool:
