@@ -61,6 +61,9 @@ def test_leads_are_distinct_and_allowed(problem: Problem) -> None:
         ("product_shape", {"transform": "tensor", "chunks": 1}),
         ("product_shape", {"transform": "tensor", "chunks": 4}),
         ("direct_width", {"store_bytes": 8}),
+        ("no_run", {"store": "run", "sides": "turns"}),
+        ("no_run", {"store": "run", "sides": "together", "format_name": "turboquant_seed"}),
+        ("passes_together", {"passes": 2, "sides": "turns"}),
         ("occupancy", {"warps": 16, "min_ctas": 4}),
         ("registers", {"warps": 8, "min_ctas": 6, "rows": 8, "sides": "together"}),
         ("shared_memory", {"format_name": "turboquant_outlier", "head_dim": 512, "chunks": 2, "warps": 16}),
@@ -99,7 +102,10 @@ def test_shape_covers_a_row_exactly_and_keeps_rows_apart() -> None:
         s, layout = shape(candidate), candidate.problem.layout
         assert s.lanes * CHUNK * candidate["chunks"] == layout.block_d == layout.head_dim
         assert s.lanes * s.rows_per_pass == 32
-        assert s.row_bytes % 16 == 0 and s.shared_bytes == candidate["warps"] * s.warp_bytes
+        assert s.warp_bytes % 16 == 0 and s.shared_bytes == candidate["warps"] * s.warp_bytes
+        if candidate["store"] == "run":
+            assert s.joint and s.row_bytes == layout.content_bytes
+            assert s.row_bytes * s.rows_per_pass + max(15, candidate["store_bytes"] + 4) <= s.warp_bytes
         if candidate["store"] == "staged":
             assert (s.lead_bytes + layout.key.indices_offset) % 4 == 0
             assert s.joint == (candidate["sides"] == "together" and not layout.format.separate_planes)
@@ -116,6 +122,7 @@ def test_geometry_covers_all_rows_once() -> None:
     assert g.grid[0] * pairs >= 8192 * 7 > (g.grid[0] - 1) * pairs
     assert g.grid[1:] == (1, 1) and g.block == 32 * default["warps"]
     assert shape(default.with_(sides="apart")).pairs == pairs // 2
+    assert shape(default.with_(passes=4)).pairs == pairs * 4
 
 
 def test_unknown_values_are_refused_by_name() -> None:

@@ -41,10 +41,15 @@ def covering_configs(format_name: str, head_dim: int) -> list[Config]:
     chosen = []
     for warps in WARPS:
         best: tuple[int, Config] | None = None
-        for _ in range(800):
+        for _ in range(400):
             values = {a.name: rng.choice(a.values) for a in SPACE.axes} | {"warps": warps}
-            if not problem.layout.format.key_codebook:
+            fmt = problem.layout.format
+            if not fmt.key_codebook:
                 values |= {"search": "select"}
+            if not fmt.key_codebook or fmt.has_signs:
+                values |= {"transform": "shuffle"}
+            if values["sides"] != "together" or fmt.separate_planes:
+                values |= {"passes": 1, "store": "staged" if values["store"] == "run" else values["store"]}
             config = SPACE.config(problem, values)
             if SPACE.refusals(config, TARGET):
                 continue
@@ -178,6 +183,47 @@ def test_odd_bases_and_strides(format_name: str) -> None:
     case = small_case(format_name, 128, kv_heads=3)
     for config, place in zip(configs, ODD_PLACES, strict=True):
         check(config, replace(case, before=restride(case.before, fill=0xA5, **place)))
+
+
+JOINT = [f for f in FORMATS if not FORMATS[f].separate_planes]
+"""Formats whose key and value share a slot."""
+
+
+@needs_gxx
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("format_name", JOINT)
+def test_runs_of_slots(format_name: str, head_dim: int) -> None:
+    """Adjacent slots at every even address of 16 bytes and at odd ones, with gaps, and some without a slot."""
+    narrow = 2 if head_dim == 512 else 1
+    configs = [
+        problem_config(format_name, head_dim, store="run", store_bytes=n, chunks=chunks)
+        for n, chunks in ((4, narrow), (8, 2), (16, 4 if head_dim > 64 else 2))
+    ]
+    compiled(*configs)
+    case = small_case(format_name, head_dim, tokens=11, kv_heads=4)
+    slot = case.before.shape[-1]
+    places = [{"base": base} for base in (0, 1, 2, 4, 6, 10, 14)] + [{"base": 0, "head_gap": 2}, {"base": 2, "token_gap": 6}]
+    for i, place in enumerate(places):
+        before = restride(case.before, fill=0xA5, **place)
+        for config in configs[i % 3 :: 3] if i else configs:
+            check(config, replace(case, before=before), seed=i)
+    # All tokens one after the other, as a prompt's chunk mostly lies.
+    packed = replace(case, slot_mapping=torch.arange(3, 14, dtype=torch.int32))
+    assert packed.before.stride(-2) == slot
+    for config in configs:
+        check(config, packed)
+        check(config, replace(packed, before=restride(case.before, fill=0xA5, base=6)))
+
+
+@needs_gxx
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("format_name", ["turboquant_k8v4", "turboquant_3bit_nc", "turboquant_seed"])
+def test_warps_that_load_again(format_name: str, rows: int) -> None:
+    """Numbers of rows that end within a pass, between two and after one; tokens without a slot; grids of any size."""
+    joint = not FORMATS[format_name].separate_planes
+    config = problem_config(format_name, 128, passes=2, rows=rows, warps=1, chunks=2, store="run" if joint else "staged")
+    for tokens, kv_heads in ((1, 1), (8, 1), (11, 3), (9, 8)):
+        check(config, small_case(format_name, 128, tokens=tokens, kv_heads=kv_heads), seed=tokens)
 
 
 @needs_gxx

@@ -29,9 +29,15 @@ AXES = (
         "midpoints below a coefficient: binary search by selects, one comparison each, or one within a computed cell,"
         " fetched apart from the code that it decides on or in one word with it",
     ),
-    Axis("store", ("direct", "staged"), "lanes write their own bytes, or rows are put together in shared memory first"),
+    Axis(
+        "store",
+        ("direct", "staged", "run"),
+        "lanes write their own bytes, or rows are put together in shared memory first and leave one by one, or adjacent"
+        " slots as one",
+    ),
     Axis("store_bytes", (4, 8, 16), "widest single store"),
-    Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
+    Axis("passes", (1, 2, 4, 8), "times that a warp loads: before it codes what it holds, the next rows are on their way"),
+    Axis("min_ctas", (1, 2, 3, 4, 5, 6, 8), "CTAs per SM that the register allocation must allow"),
 )
 
 CHUNK = 8
@@ -44,7 +50,7 @@ class Shape:
     """How the threads of a configuration cover rows, and where in shared memory they keep what.
 
     A warp holds ``rows_per_pass`` rows at a time, each on ``lanes`` lanes. ``row_warps`` warps work on different
-    (token, head) pairs, of which a CTA covers ``pairs``. A warp has ``warp_bytes`` of shared memory; of these every
+    (token, head) pairs, of which a CTA covers ``pairs`` in all its passes. A warp has ``warp_bytes`` of shared memory; of these every
     row takes ``row_bytes``: ``gather_bytes`` of input, where outliers are picked out of it, then the row to be written
     as it arrives in memory but for ``lead_bytes`` before it that bring the indices to a word's boundary. ``joint``: a
     pair's key and value are put together there and written as one, the whole slot.
@@ -70,23 +76,27 @@ def shape(config: Config) -> Shape:
     row_warps = warps // (2 if config["sides"] == "apart" else 1)
     gather = 2 * layout.head_dim if layout.outliers else 0
     lead = -layout.key.indices_offset % 4
-    staged = 0
-    joint = config["store"] == "staged" and config["sides"] == "together" and not layout.format.separate_planes
-    if config["store"] == "staged":
-        # A unit at the row's end is put together from words that begin up to one unit beyond it.
-        size = lead + (layout.content_bytes if joint else max(layout.key.size, layout.value.size))
-        staged = -(-(size + config["store_bytes"] + 4) // 16) * 16
-    row_bytes = gather + staged
+    joint = config["store"] != "direct" and config["sides"] == "together" and not layout.format.separate_planes
+    # A unit at a row's end is put together from words that begin up to one unit beyond it.
+    slack = config["store_bytes"] + 4
+    if config["store"] == "run":
+        # As in memory, without gaps; the whole begins up to 15 bytes later.
+        lead, row = 0, layout.content_bytes
+        whole = -(-(row * rows_per_pass + max(slack, 16)) // 16) * 16
+    else:
+        size = lead + (layout.content_bytes if joint else max(layout.key.size, layout.value.size)) + slack
+        row = gather + (-(-size // 16) * 16 if config["store"] == "staged" else 0)
+        whole = row * rows_per_pass
     return Shape(
         lanes=lanes,
         rows_per_pass=rows_per_pass,
         row_warps=row_warps,
-        pairs=row_warps * config["rows"] * rows_per_pass,
+        pairs=row_warps * config["rows"] * rows_per_pass * config["passes"],
         gather_bytes=gather,
         lead_bytes=lead,
-        row_bytes=row_bytes,
-        warp_bytes=row_bytes * rows_per_pass,
-        shared_bytes=row_bytes * rows_per_pass * warps,
+        row_bytes=row,
+        warp_bytes=whole,
+        shared_bytes=whole * warps,
         joint=joint,
     )
 
@@ -155,6 +165,16 @@ CONSTRAINTS = (
         "direct_width",
         "a lane that writes its own bytes has no more than a word of them in one place",
         lambda c, _: c["store"] == "direct" and c["store_bytes"] != 4,
+    ),
+    Constraint(
+        "no_run",
+        "slots make a run where a warp puts both rows together, and a whole number of 16-bit units each",
+        lambda c, _: c["store"] == "run" and not (shape(c).joint and c.problem.layout.content_bytes % 2 == 0),
+    ),
+    Constraint(
+        "passes_together",
+        "only a warp that holds a token's key and value together loads again: others' rows are not in registers at once",
+        lambda c, _: c["passes"] > 1 and c["sides"] != "together",
     ),
     Constraint(
         "occupancy",
