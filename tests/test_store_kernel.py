@@ -151,9 +151,10 @@ def test_gate(format_name: str) -> None:
 
 
 @needs_gxx
-def test_indices_hardly_ever_move() -> None:
+@pytest.mark.parametrize("changes", [{}, {"transform": "quads", "chunks": 4, "search": "packed"}])
+def test_indices_hardly_ever_move(changes: dict[str, int | str]) -> None:
     """A hundred thousand key indices: fp32 sums against float64 ones."""
-    config = default_config(Problem("store", 128, 1, "turboquant_4bit_nc"))
+    config = problem_config("turboquant_4bit_nc", 128, **changes)
     difference = check(config, small_case("turboquant_4bit_nc", 128, tokens=500, kv_heads=2))
     assert difference.indices > 100_000
     assert difference.moved <= 1e-4 * difference.indices
@@ -453,7 +454,8 @@ def test_default_and_seed_layouts_do_not_spill(arch: str) -> None:
     problems = [Problem("store", 128, 1, f) for f in FORMATS]
     problems += [Problem("store", 512, 1, f) for f in ("turboquant_4bit_nc", "turboquant_seed")]
     products = problem_config("turboquant_4bit_nc", 128, transform="tensor", chunks=2, search="cells", **STORES[2])
-    configs = [default_config(p) for p in problems] + [seed_config(problems[1]), products]
+    chunks = [lead for f in JOINT for lead in SPACE.leads(Problem("store", 128, 1, f), 8) if lead["store"] == "run"]
+    configs = [default_config(p) for p in problems] + [seed_config(problems[1]), products, *chunks]
     results = build([render(c) for c in configs], [arch])
     assert len(results) == len(configs)
     for built in results.values():

@@ -36,7 +36,11 @@ AXES = (
         " slots as one",
     ),
     Axis("store_bytes", (4, 8, 16), "widest single store"),
-    Axis("passes", (1, 2, 4, 8), "times that a warp loads: before it codes what it holds, the next rows are on their way"),
+    Axis(
+        "passes",
+        (1, 2, 3, 4, 6, 8),
+        "times that a warp loads: before all that it holds is coded, the next rows are on their way",
+    ),
     Axis("min_ctas", (1, 2, 3, 4, 5, 6, 8), "CTAs per SM that the register allocation must allow"),
 )
 
@@ -108,7 +112,8 @@ def _register_estimate(config: Config) -> int:
     outliers = held if config.problem.layout.outliers else 0
     constants = (held if fmt.has_signs else 0) + outliers
     thresholds = (1 << fmt.key_bits) - 1 if fmt.key_codebook and config["search"] not in ("cells", "packed") else 0
-    return 20 + flying + 3 * config["rows"] + held + constants + thresholds
+    pairs = config["rows"] * (3 if config["passes"] == 1 else 6)
+    return 20 + flying + pairs + held + constants + thresholds
 
 
 def _registers_short(config: Config, target: Target) -> bool:
@@ -204,7 +209,8 @@ def _seed(problem: Problem) -> Config:
 
 def _leads(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     """For chunks of a prompt: wide rows per lane, slots written in whole units, keys rotated on the tensor cores where
-    the format lets them be. For few tokens: more, shorter warps."""
+    the format lets them be, as many warps as an SM holds, which load while they code. For few tokens: more, shorter
+    warps."""
     layout = problem.layout
     search = "cells" if layout.format.key_codebook else "select"
     wide = min(4, 2 * _config(problem)["chunks"])
@@ -223,7 +229,21 @@ def _leads(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         _config(problem, chunks=wide, rows=2, **tensor),
         _config(problem, chunks=wide, warps=1, **tensor),
     ]
+    # As many passes as 8192 tokens x 8 heads are waves, but for what is left of the last.
+    run: dict[str, Value] = {"store": "staged" if layout.format.separate_planes else "run", "store_bytes": 16}
+    if not layout.format.key_codebook or layout.format.has_signs:
+        run |= {"search": search}
+    else:
+        run |= {"search": "packed", "transform": "quads"}
+    runs = [
+        _config(problem, chunks=widest, passes=4, min_ctas=4, **run),
+        _config(problem, chunks=widest, min_ctas=5, **run),
+        _config(problem, chunks=wide, passes=6, min_ctas=6, **run),
+        _config(problem, chunks=wide, min_ctas=8, **run),
+    ]
+    fitting = [c for c in runs if _register_estimate(c) <= 65536 // (32 * c["warps"] * c["min_ctas"])]
     return (
+        *dict.fromkeys(fitting),
         *(c for c in products if not _no_rotation(c) and not _product_shape(c)),
         _config(problem, chunks=wide, rows=2, **staged),
         *crowded,
