@@ -116,6 +116,7 @@ def test_rotation_by_products(format_name: str, head_dim: int) -> None:
         for chunks, how in ((2, STORES[0]), (2, STORES[2]), (4, STORES[3]))
         if head_dim // (8 * chunks) in (8, 16, 32)
     ]
+    configs.append(configs[0].with_(search="packed", store="run", store_bytes=16, passes=2))
     compiled(*configs)
     for i, config in enumerate(configs):
         for dtype in (torch.bfloat16, torch.float16):
@@ -132,6 +133,7 @@ def test_rotation_by_quads(format_name: str, head_dim: int) -> None:
         problem_config(format_name, head_dim, transform="quads", chunks=n, search=search, **STORES[i % 4])
         for i, (n, search) in enumerate((n, s) for n in chunks for s in ("cells", "packed"))
     ]
+    configs.append(configs[-1].with_(store="run", store_bytes=16, passes=2))
     compiled(*configs)
     for i, config in enumerate(configs):
         for dtype in (torch.bfloat16, torch.float16):
