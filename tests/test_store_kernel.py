@@ -127,7 +127,7 @@ def test_rotation_by_products(format_name: str, head_dim: int) -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("format_name", ["turboquant_4bit_nc", "turboquant_3bit_nc"])
 def test_rotation_by_quads(format_name: str, head_dim: int) -> None:
-    """Every number of chunks and quads that hold a row, both dtypes, midpoints with and without their codes in a word."""
+    """Every number of chunks and quads that hold a row, both dtypes, midpoints with their codes and without."""
     chunks = [n for n in (1, 2, 4) if 4 <= head_dim // (8 * n) <= 32]
     configs = [
         problem_config(format_name, head_dim, transform="quads", chunks=n, search=search, **STORES[i % 4])
@@ -205,7 +205,10 @@ def test_runs_of_slots(format_name: str, head_dim: int) -> None:
     compiled(*configs)
     case = small_case(format_name, head_dim, tokens=11, kv_heads=4)
     slot = case.before.shape[-1]
-    places = [{"base": base} for base in (0, 1, 2, 4, 6, 10, 14)] + [{"base": 0, "head_gap": 2}, {"base": 2, "token_gap": 6}]
+    places = [{"base": base} for base in (0, 1, 2, 4, 6, 10, 14)] + [
+        {"base": 0, "head_gap": 2},
+        {"base": 2, "token_gap": 6},
+    ]
     for i, place in enumerate(places):
         before = restride(case.before, fill=0xA5, **place)
         for config in configs[i % 3 :: 3] if i else configs:
@@ -224,7 +227,9 @@ def test_runs_of_slots(format_name: str, head_dim: int) -> None:
 def test_warps_that_load_again(format_name: str, rows: int) -> None:
     """Numbers of rows that end within a pass, between two and after one; tokens without a slot; grids of any size."""
     joint = not FORMATS[format_name].separate_planes
-    config = problem_config(format_name, 128, passes=2, rows=rows, warps=1, chunks=2, store="run" if joint else "staged")
+    config = problem_config(
+        format_name, 128, passes=2, rows=rows, warps=1, chunks=2, store="run" if joint else "staged"
+    )
     for tokens, kv_heads in ((1, 1), (8, 1), (11, 3), (9, 8)):
         check(config, small_case(format_name, 128, tokens=tokens, kv_heads=kv_heads), seed=tokens)
 

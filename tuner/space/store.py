@@ -20,8 +20,8 @@ AXES = (
     Axis(
         "transform",
         ("shuffle", "tensor", "quads"),
-        "stages of a key's rotation: additions and shuffles, or some on the tensor cores, rows being right operands (four"
-        " stages and the length) or left ones, which stay on their lanes (four, and those over a lane's chunks)",
+        "stages of a key's rotation: additions and shuffles, or some on the tensor cores, rows being right operands"
+        " (four stages and the length) or left ones, which stay on their lanes (four, and those over a lane's chunks)",
     ),
     Axis(
         "search",
@@ -54,10 +54,10 @@ class Shape:
     """How the threads of a configuration cover rows, and where in shared memory they keep what.
 
     A warp holds ``rows_per_pass`` rows at a time, each on ``lanes`` lanes. ``row_warps`` warps work on different
-    (token, head) pairs, of which a CTA covers ``pairs`` in all its passes. A warp has ``warp_bytes`` of shared memory; of these every
-    row takes ``row_bytes``: ``gather_bytes`` of input, where outliers are picked out of it, then the row to be written
-    as it arrives in memory but for ``lead_bytes`` before it that bring the indices to a word's boundary. ``joint``: a
-    pair's key and value are put together there and written as one, the whole slot.
+    (token, head) pairs, of which a CTA covers ``pairs`` in all its passes. A warp has ``warp_bytes`` of shared memory;
+    of these every row takes ``row_bytes``: ``gather_bytes`` of input, where outliers are picked out of it, then the row
+    to be written as it arrives in memory but for ``lead_bytes`` before it that bring the indices to a word's boundary.
+    ``joint``: a pair's key and value are put together there and written as one, the whole slot.
     """
 
     lanes: int
@@ -106,14 +106,16 @@ def shape(config: Config) -> Shape:
 
 
 def _register_estimate(config: Config) -> int:
-    """Registers that the rows in flight and one row at work need at least."""
+    """Registers that the rows in flight and one row at work, need at least."""
     fmt, held = config.problem.layout.format, CHUNK * config["chunks"]
     flying = config["rows"] * (2 if config["sides"] == "together" else 1) * held // 2
     outliers = held if config.problem.layout.outliers else 0
     constants = (held if fmt.has_signs else 0) + outliers
     thresholds = (1 << fmt.key_bits) - 1 if fmt.key_codebook and config["search"] not in ("cells", "packed") else 0
     pairs = config["rows"] * (3 if config["passes"] == 1 else 6)
-    return 20 + flying + pairs + held + constants + thresholds
+    # Without a rotation channels are unpacked as they are coded, out of the registers that they were loaded to.
+    work = held if fmt.key_codebook else held // 2
+    return 20 + flying + pairs + work + constants + thresholds
 
 
 def _registers_short(config: Config, target: Target) -> bool:
@@ -178,7 +180,7 @@ CONSTRAINTS = (
     ),
     Constraint(
         "passes_together",
-        "only a warp that holds a token's key and value together loads again: others' rows are not in registers at once",
+        "only a warp that holds a token's key and value together loads again: others need the registers in turn",
         lambda c, _: c["passes"] > 1 and c["sides"] != "together",
     ),
     Constraint(
@@ -230,20 +232,18 @@ def _leads(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         _config(problem, chunks=wide, warps=1, **tensor),
     ]
     # As many passes as 8192 tokens x 8 heads are waves, but for what is left of the last.
-    run: dict[str, Value] = {"store": "staged" if layout.format.separate_planes else "run", "store_bytes": 16}
-    if not layout.format.key_codebook or layout.format.has_signs:
-        run |= {"search": search}
-    else:
+    run: dict[str, Value] = {"search": search, "store": "run", "store_bytes": 16}
+    if layout.format.key_codebook:
         run |= {"search": "packed", "transform": "quads"}
     runs = [
         _config(problem, chunks=widest, passes=4, min_ctas=4, **run),
+        _config(problem, chunks=widest, passes=2, min_ctas=4, **run),
         _config(problem, chunks=widest, min_ctas=5, **run),
-        _config(problem, chunks=wide, passes=6, min_ctas=6, **run),
-        _config(problem, chunks=wide, min_ctas=8, **run),
+        *(_config(problem, chunks=2, passes=n, min_ctas=m, **run) for n, m in ((6, 6), (1, 8)) if wide == 2),
     ]
-    fitting = [c for c in runs if _register_estimate(c) <= 65536 // (32 * c["warps"] * c["min_ctas"])]
+    joint = not layout.format.separate_planes  # others' slots make no runs, and their signs need the registers
     return (
-        *dict.fromkeys(fitting),
+        *dict.fromkeys(runs if joint else ()),
         *(c for c in products if not _no_rotation(c) and not _product_shape(c)),
         _config(problem, chunks=wide, rows=2, **staged),
         *crowded,
