@@ -31,13 +31,15 @@ def upstream_tests() -> Path:
 
 def run(file: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
-    command = [sys.executable, "-m", "pytest", "-p", "tests.upstream_decode", "-p", "no:cacheprovider", "-q", "-rs"]
+    # No settings of a project that the file may lie in, and one process, which counts the calls.
+    alone = ["-c", os.devnull, "--rootdir", str(file.parent), "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.upstream_decode", *alone, "-q", "-rs"]
     return subprocess.run(
         [*command, *arguments, str(file)],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": path} | environment,
-        cwd=file.parent,  # away from this project's own pytest settings
+        cwd=file.parent,
         timeout=900,
     )
 
