@@ -166,7 +166,7 @@ def test_where_racecheck_fails_the_control_kernels_with_such_barriers_are_unsure
     sliced = next(s for s in subjects if s.named_barriers)
     whole = next(s for s in subjects if not s.named_barriers)
     tool = tmp_path / "sanitizer"
-    tool.write_text(f"#!{sys.executable}\nprint('========= RACECHECK SUMMARY: 3 hazards')\nraise SystemExit({status})\n")
+    tool.write_text(f"#!{sys.executable}\nprint('========= RACECHECK SUMMARY: 3')\nraise SystemExit({status})\n")
     tool.chmod(0o755)
     asked = [([sliced], "racecheck"), ([sliced], "memcheck"), ([whole], "racecheck")]
     for unsure, expected in ((True, ["unsure", word, word]), (False, [word] * 3)):
