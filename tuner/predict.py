@@ -144,7 +144,7 @@ def predict(
         raise UsageError(f"the cubin is for {built.arch}, the target is {target.arch}: build it for {target.arch}")
     plan, problem = DecodePlan(config), config.problem
     if plan.cluster > 1 and target.arch not in _CLUSTERS_SEEN:
-        raise UsageError(f"{target.device_name}: how many clusters of CTAs it holds is not known, and so not their time")
+        raise UsageError(f"{target.device_name}: how many clusters of CTAs it holds is not known, so its time is not")
     loop = hot_loop(sass)
     work = _matrix_instructions(config) if config["math"] == "mma" else 0
     trips = max(1, round(work / max(1, count(loop.opcodes, "HMMA")))) if work else 1

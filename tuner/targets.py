@@ -53,9 +53,9 @@ class Target:
     def held_ctas(self, resident: int, cluster: int = 1) -> int:
         """CTAs that the GPU holds at once, ``resident`` on each SM, in clusters of ``cluster``.
 
-        A cluster's CTAs are on one GPC, and GPCs are not filled by whole clusters. Seen on an H200 at one CTA per SM: 132
-        in twos, 120 in fours and 112 in eights of 132, about a 64th less for each CTA beyond the first. Other GPUs may
-        have other GPCs.
+        A cluster's CTAs are on one GPC, and GPCs are not filled by whole clusters. Seen on an H200 at one CTA per SM:
+        132 in twos, 120 in fours and 112 in eights of 132, about a 64th less for each CTA beyond the first. Other GPUs
+        may have other GPCs.
         """
         ctas = resident * self.sms
         return max(1, ctas - ctas * (cluster - 1) // 64)
