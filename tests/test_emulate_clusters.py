@@ -46,11 +46,19 @@ def test_addresses_of_shared_memory_tell_the_cta(root, seed):
 
 
 @SEEDS
+@pytest.mark.parametrize("n", [2, 3])
+def test_what_lies_behind_an_ordering_barrier_may_be_read(root, seed, n):
+    np.testing.assert_array_equal(run(root, "behind_a_barrier", n, seed=seed), np.tile(np.arange(64), (8, 1)))
+
+
+@SEEDS
 @pytest.mark.parametrize(
     ("entry", "n", "message"),
     [
         ("next_words", 2, r"nothing says that CTA \d of the cluster has begun"),
         ("next_words", 1, r"CTA \d of the cluster (exits while another reads|has exited)"),
+        ("behind_a_barrier", 0, r"nothing says that CTA \d of the cluster has begun"),
+        ("behind_a_barrier", 1, r"data race: CTA \d of the cluster has written shared memory's byte \d+"),
         ("written_too_early", 0, r"data race: CTA \d of the cluster (has written|writes) shared memory's byte \d+"),
         ("no_such_cta", 4, r"CTA 4 of a cluster of 4"),
         ("no_such_cta", -1, r"CTA -1 of a cluster of 4"),

@@ -87,9 +87,11 @@ def test_clusters_are_whole_and_leave_a_slot_each(size: int, splits: int, cluste
     scratch = decode_scratch(config, batch=3, kv_heads=5, splits=splits)
     rows = 3 * clusters * 5 * 4
     assert scratch == Scratch(2 * rows + 64 * rows, 3 * 3 * size)
-    counts = {"registers": 128, "batch": 1, "kv_heads": 2, "target": get_target("sm_90")}
+    h200 = get_target("sm_90")
+    held = h200.held_ctas(h200.resident_ctas(4, 128, geometry.shared_bytes), size)
     for context in (1, 1000, 100_000):
-        assert not any(n % size for n in split_candidates(config, max_context=context, **counts))
+        wanted = split_candidates(config, registers=128, batch=1, kv_heads=2, max_context=context, target=h200)
+        assert not any(n % size for n in wanted) and wanted[0] <= held
 
 
 def test_clusters_are_refused_where_splits_are_not_per_request() -> None:

@@ -179,7 +179,7 @@ def test_clusters_read_less_through_global_memory() -> None:
         for r in ("last", "tree", "cluster8")
     )
     assert 0 < clustered[0] < clustered[1] < clustered[2] < clustered[3]
-    assert clustered[1] < last[1] and clustered[3] < 0.6 * tree[3] < 0.4 * last[3]
+    assert clustered[1] < last[1] and clustered[3] < tree[3] < last[3]
 
 
 def test_hot_loop_is_the_one_over_tokens(kernels: dict[tuple[Config, str], tuple[Built, sass.SassFacts]]) -> None:

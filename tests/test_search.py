@@ -19,6 +19,7 @@ from tuner.search.sampler import FeasibleSampler, distributions, params_of
 from tuner.space import Config, default_config, get_space, seed_config
 from tuner.suits import CacheOrder, refusal
 from tuner.table import explain, lookup, read, verify
+from tuner.targets import get_target
 from tuner.workload import Bucket, Shape
 
 
@@ -106,6 +107,13 @@ def test_next_batch_is_built_while_one_is_timed(tmp_path: Path) -> None:
     scores = [entry for entry in evaluator.log if entry[0] == "score"]
     overlaps = [1 for b in builds for s in scores if b[1] < s[2] and s[1] < b[2]]
     assert len(builds) == 3 and len(overlaps) >= 2, "all but the first are built meanwhile"
+
+
+def test_clusters_are_predicted_where_they_were_seen() -> None:
+    config = default_config(PROBLEM).with_(reduction="cluster2")
+    cases = {("predicted", "sm_121"): ["unseen_clusters"], ("predicted", "sm_90"): [], ("measured", "sm_121"): []}
+    for (evidence, arch), names in cases.items():
+        assert [c.name for c in space_for("decode", 8, evidence).refusals(config, get_target(arch))] == names
 
 
 def test_small_space_ends_when_it_is_used_up(tmp_path: Path) -> None:

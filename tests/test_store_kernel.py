@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
+import emulated
 import pytest
 import torch
 from emulated import emulate_store, needs_gxx
@@ -196,7 +199,7 @@ JOINT = [f for f in FORMATS if not FORMATS[f].separate_planes]
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("format_name", JOINT)
 def test_runs_of_slots(format_name: str, head_dim: int) -> None:
-    """Adjacent slots at every even address of 16 bytes and at odd ones, with gaps, and some without a slot."""
+    """Adjacent slots at even and odd addresses, with gaps, and some without a slot."""
     narrow = 2 if head_dim == 512 else 1
     configs = [
         problem_config(format_name, head_dim, store="run", store_bytes=n, chunks=chunks)
@@ -222,13 +225,32 @@ def test_runs_of_slots(format_name: str, head_dim: int) -> None:
 
 
 @needs_gxx
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("slots", ["adjacent", "apart"])
+def test_adjacent_slots_do_leave_as_one(slots: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the copy of a run is taken out of the kernel, adjacent slots are missing, and no others."""
+    config = problem_config("turboquant_4bit_nc", 128, store="run", store_bytes=16, chunks=2)
+    mutant, count = re.subn(r"if \(run\.whole\) run\.copy\(.*\);", "if (run.whole) ;", render(config).text)
+    assert count == 1
+    monkeypatch.setattr(emulated, "render", lambda _: SimpleNamespace(text=mutant))
+    case = small_case("turboquant_4bit_nc", 128, tokens=11, kv_heads=4)
+    case = replace(case, slot_mapping=torch.arange(3, 14, dtype=torch.int32))
+    if slots == "apart":
+        case = replace(case, before=restride(case.before, fill=0xA5, base=0, head_gap=2))
+        check(config, case)
+    else:
+        with pytest.raises(AssertionError):
+            check(config, case)
+
+
+@needs_gxx
+@pytest.mark.parametrize(("rows", "passes"), [(1, 2), (2, 2), (1, 4)])
 @pytest.mark.parametrize("format_name", ["turboquant_k8v4", "turboquant_3bit_nc", "turboquant_seed"])
-def test_warps_that_load_again(format_name: str, rows: int) -> None:
+def test_warps_that_load_again(format_name: str, rows: int, passes: int) -> None:
     """Numbers of rows that end within a pass, between two and after one; tokens without a slot; grids of any size."""
-    joint = not FORMATS[format_name].separate_planes
+    joint, coded = not FORMATS[format_name].separate_planes, FORMATS[format_name].key_codebook
+    values = {"transform": "quads", "search": "packed"} if joint and coded else {}
     config = problem_config(
-        format_name, 128, passes=2, rows=rows, warps=1, chunks=2, store="run" if joint else "staged"
+        format_name, 128, passes=passes, rows=rows, warps=1, chunks=2, store="run" if joint else "staged", **values
     )
     for tokens, kv_heads in ((1, 1), (8, 1), (11, 3), (9, 8)):
         check(config, small_case(format_name, 128, tokens=tokens, kv_heads=kv_heads), seed=tokens)
@@ -374,9 +396,13 @@ def test_no_cell_holds_two_midpoints_of_the_formats(bits: int, head_dim: int) ->
 
 @needs_gxx
 @pytest.mark.parametrize("transform", ["shuffle", "tensor", "quads"])
-@pytest.mark.parametrize("search", ["select", "packed"])
-def test_rows_with_nan_or_infinity_harm_no_other(search: str, transform: str) -> None:
-    config = problem_config("turboquant_4bit_nc", 128, search=search, transform=transform, chunks=2)
+@pytest.mark.parametrize(
+    ("search", "write"),
+    [("select", {}), ("cells", {"store": "staged"}), ("packed", {"store": "run", "passes": 2})],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_rows_with_nan_or_infinity_harm_no_other(search: str, write: dict[str, int | str], transform: str) -> None:
+    config = problem_config("turboquant_4bit_nc", 128, search=search, transform=transform, chunks=2, **write)
     case = small_case("turboquant_4bit_nc", 128)
     broken = replace(case, key=case.key.clone(), value=case.value.clone())
     broken.key[3, 0], broken.value[3, 0] = float("nan"), float("inf")
@@ -462,6 +488,7 @@ def test_default_and_seed_layouts_do_not_spill(arch: str) -> None:
     problems += [Problem("store", 512, 1, f) for f in ("turboquant_4bit_nc", "turboquant_seed")]
     products = problem_config("turboquant_4bit_nc", 128, transform="tensor", chunks=2, search="cells", **STORES[2])
     chunks = [lead for f in JOINT for lead in SPACE.leads(Problem("store", 128, 1, f), 8) if lead["store"] == "run"]
+    assert len(chunks) >= len(JOINT)
     configs = [default_config(p) for p in problems] + [seed_config(problems[1]), products, *chunks]
     results = build([render(c) for c in configs], [arch])
     assert len(results) == len(configs)

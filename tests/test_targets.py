@@ -89,6 +89,13 @@ def test_import_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize(("cluster", "held"), [(1, 132), (2, 132), (4, 120), (8, 112)])
+def test_clusters_do_not_fill_a_gpu(cluster: int, held: int) -> None:
+    """What an H200 was seen to hold; elsewhere as much of it, in whole CTAs."""
+    assert TARGETS["sm_90"].held_ctas(1, cluster) == held and TARGETS["sm_90"].held_ctas(2, cluster) == 2 * held
+    assert TARGETS["sm_121"].held_ctas(1, cluster) == 48 * held // 132
+
+
 def test_resident_ctas_and_what_limits_them() -> None:
     target = TARGETS["sm_90"]
     assert target.resident_ctas(4, 128, 0) == 4  # 65536 registers / (128 x 128)

@@ -27,8 +27,8 @@ _CTA_BYTES_PER_CYCLE = 32.0
 """What one CTA alone reads per clock: the last one to arrive merges a head's splits by itself."""
 _CLUSTER_CYCLES = 2000
 """What a cluster takes to begin together, to meet twice, and to begin reading each other's shared memory: the median of
-ten comparisons with ``last`` and ``tree`` on an H200, in which it was 300 to 4700 (docs/kernel-notes.md)."""
-_CLUSTERS_SEEN = ("sm_90",)
+ten pairs of equal splits, with clusters and without, on an H200, in which it was 300 to 4700 (docs/kernel-notes.md)."""
+CLUSTERS_SEEN = ("sm_90",)
 """Architectures of which it was seen how many clusters they hold at once (``Target.held_ctas``)."""
 _CONFLICTS = {4: 3.4, 3: 1.9}
 """Turns that 32 lanes take to look up pairs of indices in a table of 256 or 64 words, on average over random pairs."""
@@ -143,7 +143,7 @@ def predict(
     if built.arch != target.arch:
         raise UsageError(f"the cubin is for {built.arch}, the target is {target.arch}: build it for {target.arch}")
     plan, problem = DecodePlan(config), config.problem
-    if plan.cluster > 1 and target.arch not in _CLUSTERS_SEEN:
+    if plan.cluster > 1 and target.arch not in CLUSTERS_SEEN:
         raise UsageError(f"{target.device_name}: how many clusters of CTAs it holds is not known, so its time is not")
     loop = hot_loop(sass)
     work = _matrix_instructions(config) if config["math"] == "mma" else 0

@@ -20,6 +20,10 @@ _LEAST_REGISTERS = 16  # per thread, however few the kernel names
 _PLAUSIBLE_GBPS = (100.0, 20000.0)  # drivers of integrated memories report nonsense, or nothing
 
 
+_CLUSTERED_CTAS = {1: 132, 2: 132, 4: 120, 8: 112}
+"""CTAs that an H200 held at once, one per SM, by the size of their clusters (docs/kernel-notes.md)."""
+
+
 @dataclass(frozen=True)
 class Target:
     """One GPU. ``bandwidth_gbps`` is what a read-only kernel reaches, ``peak_gbps`` the datasheet's figure.
@@ -53,12 +57,10 @@ class Target:
     def held_ctas(self, resident: int, cluster: int = 1) -> int:
         """CTAs that the GPU holds at once, ``resident`` on each SM, in clusters of ``cluster``.
 
-        A cluster's CTAs are on one GPC, and GPCs are not filled by whole clusters. Seen on an H200 at one CTA per SM:
-        132 in twos, 120 in fours and 112 in eights of 132, about a 64th less for each CTA beyond the first. Other GPUs
-        may have other GPCs.
+        A cluster's CTAs are on one GPC, and GPCs are not filled by whole clusters. What was seen on an H200 with one
+        CTA on each of its 132 SMs is scaled: other GPUs may have other GPCs, and more CTAs per SM may pack better.
         """
-        ctas = resident * self.sms
-        return max(1, ctas - ctas * (cluster - 1) // 64)
+        return max(1, resident * self.sms * _CLUSTERED_CTAS[cluster] // 132)
 
     def resident_ctas(self, warps: int, registers: int, shared_bytes: int) -> int:
         """CTAs of ``warps`` warps that an SM holds at once, with ``registers`` per thread; 0 where one is too much."""

@@ -14,6 +14,17 @@ extern "C" __global__ void __cluster_dims__(4, 1, 1) __launch_bounds__(64) next_
     p.out[64 * cta + i] = load_cluster(words + (i ^ 32), (cta + 1) % 4);
     if (p.n & 2) leave_cluster();
 }
+// A barrier that orders no memory shows nobody what was written before it.
+extern "C" __global__ void __cluster_dims__(4, 1, 1) behind_a_barrier(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) float words[];
+    const int i = static_cast<int>(threadIdx.x), cta = static_cast<int>(blockIdx.x);
+    words[i] = 0.f;
+    if (p.n & 1) sync_cluster();
+    words[i] = static_cast<float>(i);
+    p.n & 2 ? sync_cluster() : leave_cluster();
+    p.out[64 * cta + i] = load_cluster(words + i, (cta + 1) % 4);
+    leave_cluster();
+}
 extern "C" __global__ void __cluster_dims__(4, 1, 1) written_too_early(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) float words[];
     const int i = static_cast<int>(threadIdx.x), cta = static_cast<int>(blockIdx.x);

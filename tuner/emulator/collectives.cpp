@@ -177,7 +177,7 @@ void sync_cluster(bool ordered, const char *name, int line) {
     if (join(name, line)) {
         const auto threads = static_cast<int>(cluster.ctas.size() * blockDim.x);
         if (gather(cluster.barrier, threads, name, line)) {
-            for (Cta *cta : cluster.ctas) settle(*cta);
+            for (Cta *cta : cluster.ctas) settle(*cta, ordered);
             release(warp);
         }
     }

@@ -96,7 +96,7 @@ unsigned load_shared(unsigned address, int line) {
     return v;
 }
 
-void settle(Cta &cta) {
+void settle(Cta &cta, bool ordered) {
     const unsigned char *now = shared_of(cta);
     for (std::size_t i = 0; i < cta.seen.size(); ++i) {
         if (cta.seen[i] && now[i] != cta.settled[i]) {
@@ -104,8 +104,8 @@ void settle(Cta &cta) {
                  cta.rank, i);
         }
     }
-    cta.settled.assign(now, now + shared_bytes);
-    cta.seen.assign(shared_bytes, 0);
+    if (ordered) cta.settled.assign(now, now + shared_bytes);
+    cta.seen.assign(cta.settled.size(), 0);
 }
 
 void check_unread(const Cta &cta) {

@@ -150,9 +150,9 @@ void check_global(const void *p, std::size_t bytes, std::size_t alignment, const
 
 // What a CTA's shared memory holds now.
 const unsigned char *shared_of(const Cta &cta);
-// What other CTAs of the cluster read must be still from one barrier to the next: settle() is for each CTA at a barrier,
-// check_unread() for one that exits.
-void settle(Cta &cta);
+// What other CTAs of the cluster read must be still from one barrier to the next, and written before one that orders
+// memory: settle() is for each CTA at a barrier, check_unread() for one that exits.
+void settle(Cta &cta, bool ordered);
 void check_unread(const Cta &cta);
 
 // Performs pending bulk copies that a parked lane waits for; true if that let a lane go on.

@@ -80,7 +80,7 @@ def _usable(request: TuneRequest, records: Iterable[Record]) -> list[Record]:
 
     A study may hold others: from a recording, or of a time when less was refused.
     """
-    space = space_for(request.problem.op, request.shape.kv_heads)
+    space = space_for(request.problem.op, request.shape.kv_heads, request.evidence)
     allowed = {a.name: a.values for a in space.restricted(request.restrict).axes}
     keys = {b.key for b in request.buckets}
     default, seed = space.default(request.problem), space.seed(request.problem)

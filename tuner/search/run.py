@@ -95,7 +95,7 @@ class Search:
     def _space(self) -> Space:
         from tuner.search.constraints import space_for
 
-        return space_for(self.request.problem.op, self.request.shape.kv_heads)
+        return space_for(self.request.problem.op, self.request.shape.kv_heads, self.request.evidence)
 
     def _sample_from(self, allowed: Mapping[str, tuple[Value, ...]]) -> None:
         from tuner.search.sampler import FeasibleSampler

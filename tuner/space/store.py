@@ -57,7 +57,8 @@ class Shape:
     (token, head) pairs, of which a CTA covers ``pairs`` in all its passes. A warp has ``warp_bytes`` of shared memory;
     of these every row takes ``row_bytes``: ``gather_bytes`` of input, where outliers are picked out of it, then the row
     to be written as it arrives in memory but for ``lead_bytes`` before it that bring the indices to a word's boundary.
-    ``joint``: a pair's key and value are put together there and written as one, the whole slot.
+    ``joint``: a pair's key and value are put together there and written as one, the whole slot. Where slots leave as a
+    run, ``row_bytes`` is the slot alone, and what a warp has beyond its rows lies around the run.
     """
 
     lanes: int
@@ -106,7 +107,7 @@ def shape(config: Config) -> Shape:
 
 
 def _register_estimate(config: Config) -> int:
-    """Registers that the rows in flight and one row at work, need at least."""
+    """Registers that the rows in flight and one row at work need at least."""
     fmt, held = config.problem.layout.format, CHUNK * config["chunks"]
     flying = config["rows"] * (2 if config["sides"] == "together" else 1) * held // 2
     outliers = held if config.problem.layout.outliers else 0
