@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
-from tuner.emulate import Launch, emulate
+from tuner.emulate import EmulationError, Launch, emulate
 
 KERNELS = Path(__file__).parent / "kernels"
 
@@ -45,3 +47,9 @@ def run_fault(root, entry, n=0, *, block=32, shared=256, data=None, seed=0, time
     buffers = {"data": data, "out": out}
     emulate(source("faults.cu"), launch, Faults(n=n), buffers, root=root, seed=seed, timeout_s=timeout_s)
     return out
+
+
+def skip_without_thread_sanitizer(error: EmulationError) -> None:
+    """Skips where ``error`` says that no program runs under the thread sanitizer here."""
+    if reason := re.search("FATAL: ThreadSanitizer.*|cannot find .*tsan.*", error.report):
+        pytest.skip(reason[0])

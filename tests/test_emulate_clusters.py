@@ -7,7 +7,7 @@ import ctypes
 import numpy as np
 import pytest
 from emulated import needs_gxx
-from emulated_sources import source
+from emulated_sources import skip_without_thread_sanitizer, source
 
 from tuner.emulate import EmulationError, Launch, compile_many, emulate
 
@@ -83,8 +83,7 @@ def test_the_barrier_orders_global_memory(root, seed):
     try:
         out = run(root, "by_way_of_memory", 1, **options)
     except EmulationError as error:
-        if "FATAL: ThreadSanitizer" in error.report or "tsan" in error.report:
-            pytest.skip(error.report.splitlines()[0])
+        skip_without_thread_sanitizer(error)
         raise
     np.testing.assert_array_equal(out[:, 0], [64, 128, 192, 0, 320, 384, 448, 256])
     with pytest.raises(EmulationError, match="data race in global memory at byte"):

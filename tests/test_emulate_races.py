@@ -12,7 +12,7 @@ import pytest
 import torch
 from command_line import make_table
 from emulated import emulate_decode, emulate_dequant, emulate_store, needs_gxx, worst_head_error
-from emulated_sources import run_primitive, source
+from emulated_sources import run_primitive, skip_without_thread_sanitizer, source
 
 from benchmarks import races
 from tuner.check_store import store_case
@@ -45,8 +45,7 @@ def root(tmp_path_factory):
     try:
         run(folder, "across_warps", 1)
     except EmulationError as e:
-        if reason := re.search("FATAL: ThreadSanitizer.*|cannot find .*tsan.*", e.report):
-            pytest.skip(reason[0])
+        skip_without_thread_sanitizer(e)
         raise
     return folder
 

@@ -1,0 +1,52 @@
+"""What tests of ``wph_store`` share: cases, and one emulated launch compared with the reference."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from emulated import emulate_store
+
+from tuner import emulate
+from tuner.check_store import Difference, StoreCase, compare, store_case
+from tuner.formats import FORMATS
+from tuner.reference import store
+from tuner.render import render
+from tuner.space import Config, Problem, default_config
+
+STORES: tuple[dict[str, int | str], ...] = (
+    {"store": "direct", "store_bytes": 4},
+    *({"store": "staged", "store_bytes": n} for n in (4, 8, 16)),
+)
+"""Ways to write, with the widths that they have."""
+JOINT = [f for f in FORMATS if not FORMATS[f].separate_planes]
+"""Formats whose key and value share a slot."""
+
+
+@cache
+def compiled(*configs: Config) -> None:
+    """Compiles all emulated kernels of a test at once."""
+    emulate.compile_many([render(c) for c in configs])
+
+
+def twin(cache: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides."""
+    storage = torch.empty(0, dtype=cache.dtype, device=cache.device).set_(cache.untyped_storage()).clone()
+    return storage.as_strided(cache.shape, cache.stride(), cache.storage_offset())
+
+
+def check(config: Config, case: StoreCase, seed: int = 0) -> Difference:
+    got, want = twin(case.before), twin(case.before)
+    emulate_store(config, got, case, seed=seed)
+    store(want, case.key, case.value, case.slot_mapping, case.codec)
+    difference = compare(got, want, case)
+    assert difference.fault is None, f"{difference.fault} ({config.describe()})"
+    return difference
+
+
+def small_case(format_name: str, head_dim: int, tokens: int = 11, **options: object) -> StoreCase:
+    return store_case(Problem("store", head_dim, 1, format_name), tokens, seed=head_dim, **options)  # type: ignore[arg-type]
+
+
+def problem_config(format_name: str, head_dim: int, **changes: int | str) -> Config:
+    return default_config(Problem("store", head_dim, 1, format_name)).with_(**changes)

@@ -1,0 +1,166 @@
+"""wph_store on the emulator: where rows come from and where slots lie, each way by itself."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import emulated
+import pytest
+import torch
+from emulated import emulate_store, needs_gxx
+from odd_caches import restride
+from store_emulated import JOINT, STORES, check, compiled, problem_config, small_case, twin
+
+from tuner import emulate, geometry
+from tuner.arguments import store_params
+from tuner.formats import FORMATS, HEAD_DIMS
+from tuner.reference import make_cache, store
+from tuner.render import render
+
+ODD_PLACES = (
+    {"base": 1, "head_gap": 1},
+    {"base": 3, "head_gap": 0, "token_gap": 3, "block_gap": 5},
+    {"base": 2, "head_gap": 6, "block_gap": 1},
+    {"base": 0, "head_gap": 2, "token_gap": 4},
+)
+
+
+@needs_gxx
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_odd_bases_and_strides(format_name: str) -> None:
+    """Every byte address occurs as a row's; nothing but the rows' own bytes changes, in the gaps neither."""
+    configs = [problem_config(format_name, 128, **how) for how in STORES]
+    compiled(*configs)
+    case = small_case(format_name, 128, kv_heads=3)
+    for config, place in zip(configs, ODD_PLACES, strict=True):
+        check(config, replace(case, before=restride(case.before, fill=0xA5, **place)))
+
+
+@needs_gxx
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("format_name", JOINT)
+def test_runs_of_slots(format_name: str, head_dim: int) -> None:
+    """Adjacent slots at even and odd addresses, with gaps, and some without a slot."""
+    narrow = 2 if head_dim == 512 else 1
+    configs = [
+        problem_config(format_name, head_dim, store="run", store_bytes=n, chunks=chunks)
+        for n, chunks in ((4, narrow), (8, 2), (16, 4 if head_dim > 64 else 2))
+    ]
+    compiled(*configs)
+    case = small_case(format_name, head_dim, tokens=11, kv_heads=4)
+    slot = case.before.shape[-1]
+    places = [{"base": base} for base in (0, 1, 2, 4, 6, 10, 14)] + [
+        {"base": 0, "head_gap": 2},
+        {"base": 2, "token_gap": 6},
+    ]
+    for i, place in enumerate(places):
+        before = restride(case.before, fill=0xA5, **place)
+        for config in configs[i % 3 :: 3] if i else configs:
+            check(config, replace(case, before=before), seed=i)
+    # All tokens one after the other, as a prompt's chunk mostly lies.
+    packed = replace(case, slot_mapping=torch.arange(3, 14, dtype=torch.int32))
+    assert packed.before.stride(-2) == slot
+    for config in configs:
+        check(config, packed)
+        check(config, replace(packed, before=restride(case.before, fill=0xA5, base=6)))
+
+
+@needs_gxx
+@pytest.mark.parametrize("slots", ["adjacent", "apart"])
+def test_adjacent_slots_do_leave_as_one(slots: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the copy of a run is taken out of the kernel, adjacent slots are missing, and no others."""
+    config = problem_config("turboquant_4bit_nc", 128, store="run", store_bytes=16, chunks=2)
+    mutant, count = re.subn(r"if \(run\.whole\) run\.copy\(.*\);", "if (run.whole) ;", render(config).text)
+    assert count == 1
+    monkeypatch.setattr(emulated, "render", lambda _: SimpleNamespace(text=mutant))
+    case = small_case("turboquant_4bit_nc", 128, tokens=11, kv_heads=4)
+    case = replace(case, slot_mapping=torch.arange(3, 14, dtype=torch.int32))
+    if slots == "apart":
+        case = replace(case, before=restride(case.before, fill=0xA5, base=0, head_gap=2))
+        check(config, case)
+    else:
+        with pytest.raises(AssertionError):
+            check(config, case)
+
+
+@needs_gxx
+@pytest.mark.parametrize(("rows", "passes"), [(1, 2), (2, 2), (1, 4)])
+@pytest.mark.parametrize("format_name", ["turboquant_k8v4", "turboquant_3bit_nc", "turboquant_seed"])
+def test_warps_that_load_again(format_name: str, rows: int, passes: int) -> None:
+    """Numbers of rows that end within a pass, between two and after one; tokens without a slot; grids of any size."""
+    joint, coded = not FORMATS[format_name].separate_planes, FORMATS[format_name].key_codebook
+    values = {"transform": "quads", "search": "packed"} if joint and coded else {}
+    config = problem_config(
+        format_name, 128, passes=passes, rows=rows, warps=1, chunks=2, store="run" if joint else "staged", **values
+    )
+    for tokens, kv_heads in ((1, 1), (8, 1), (11, 3), (9, 8)):
+        check(config, small_case(format_name, 128, tokens=tokens, kv_heads=kv_heads), seed=tokens)
+
+
+@needs_gxx
+@pytest.mark.parametrize("order", ["heads", "tokens"])
+@pytest.mark.parametrize("kv_heads", [1, 3, 5])
+def test_rows_wrap_over_any_number_of_heads(order: str, kv_heads: int) -> None:
+    config = problem_config("turboquant_3bit_nc", 64, order=order, rows=2)  # four rows per pass
+    for tokens in (1, 2, 9):
+        check(config, small_case("turboquant_3bit_nc", 64, tokens=tokens, kv_heads=kv_heads))
+
+
+@needs_gxx
+@pytest.mark.parametrize("gap", [1, 4, 8])
+def test_inputs_without_alignment(gap: int) -> None:
+    config = problem_config("turboquant_outlier", 64)
+    check(config, small_case("turboquant_outlier", 64, gap=gap, dtype=torch.float16))
+
+
+@needs_gxx
+def test_inputs_of_any_stride_and_more_rows_than_slots() -> None:
+    """Key and value as parts of one projection, head-major, and a token repeated by a stride of zero."""
+    config = problem_config("turboquant_k3v4_nc", 64)
+    case = small_case("turboquant_k3v4_nc", 64, kv_heads=2)
+    fused = torch.randn(2, 13, 3, 64).bfloat16().transpose(0, 1)  # [13, 2, 3, 64], head-major
+    check(config, replace(case, key=fused[:, :, 0], value=fused[:, :, 2]))
+    check(config, replace(case, key=fused[:1, :, 1].expand(13, -1, -1), value=fused[:, :, 2]))
+
+
+@needs_gxx
+def test_int64_slots_and_head_major_padded_blocks() -> None:
+    config = problem_config("turboquant_4bit_nc", 128)
+    check(config, small_case("turboquant_4bit_nc", 128, index_dtype=torch.int64, order="head", padding=13))
+
+
+@needs_gxx
+@pytest.mark.parametrize("negative", [-1, -7, -(2**31)])
+def test_negative_slots_write_nothing(negative: int) -> None:
+    config = problem_config("turboquant_seed", 64)
+    case = small_case("turboquant_seed", 64)
+    nowhere = replace(case, slot_mapping=torch.full_like(case.slot_mapping, negative))
+    got = twin(case.before)
+    emulate_store(config, got, nowhere)
+    assert torch.equal(got, case.before)
+
+
+@needs_gxx
+def test_offsets_beyond_two_gigabytes() -> None:
+    """Blocks 5 and 10 lie 2.5 and 5 GB after block 0; tokens lie as far before their block, which leads back."""
+    config = problem_config("turboquant_4bit_nc", 64)
+    case = small_case("turboquant_4bit_nc", 64, tokens=3, kv_heads=1)
+    want, got = (make_cache(config.problem.layout, 1, 16, 1) for _ in range(2))
+    store(want, case.key, case.value, torch.tensor([5, -1, 10]), case.codec)
+    far = torch.tensor([5 * 16 + 4, -1, 10 * 16 + 8], dtype=torch.int32)
+    params, tensors = store_params(
+        got, case.key, case.value, far, cache_format="turboquant_4bit_nc", centroids=case.codec.centroids
+    )
+    params.block_stride, params.token_stride = (1 << 29) + want.stride(1), -5 * (1 << 27)
+    g = geometry.store_geometry(config, tokens=3, kv_heads=1)
+    emulate.emulate(render(config), emulate.Launch("wph_store", g.grid, g.block, g.shared_bytes), params, tensors)
+    assert torch.equal(got, want)
+
+
+@needs_gxx
+@pytest.mark.parametrize("block_size", [1, 24, 4176, 8320])
+def test_block_sizes(block_size: int) -> None:
+    config = problem_config("turboquant_k8v4", 64)
+    check(config, small_case("turboquant_k8v4", 64, block_size=block_size, kv_heads=1))
