@@ -17,7 +17,7 @@ from tuner.reference import Case, Codec, bulk_case, codebook, make_cache, store,
 from tuner.render import render
 from tuner.space import Config, Problem, default_config, get_space, seed_config
 from tuner.space.core import Value
-from tuner.space.decode import direct_variant
+from tuner.space.decode import direct_variant, has_unaligned_fields
 from tuner.space.plan import DecodePlan
 from tuner.suits import suited
 from tuner.table import read
@@ -31,7 +31,7 @@ GROUPS = (4, 1, 8, 5, 16, 2, 6, 7, 3, 12)
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3}
 
 
-def draw(chooser: random.Random, warps: int) -> dict[str, Value]:
+def draw(chooser: random.Random, problem: Problem, warps: int) -> dict[str, Value]:
     """Random axis values, the dependent ones set to what their constraints leave."""
     values = {a.name: chooser.choice(a.values) for a in SPACE.axes} | {"warps": warps}
     values["head_warps"] = chooser.choice([h for h in (1, 2, 4, 8) if warps % h == 0])
@@ -45,6 +45,12 @@ def draw(chooser: random.Random, warps: int) -> dict[str, Value]:
     else:
         values["accumulate"] = chooser.choice(("f32", "f16x2"))
         values["query"] = "shared"
+    if values["query"] == "paired" and problem.gqa > 4:
+        values["query"] = "joined"
+    if values["lookup"] in ("spread", "woven") and (problem.layout.key.bits != 4 or values["math"] != "mma"):
+        values["lookup"] = "replicated" if problem.layout.format.key_codebook else "table"
+    if values["words"] == "adjacent" and not has_unaligned_fields(SPACE.config(problem, values)):
+        values["words"] = "strided"
     if values["reduction"].startswith("cluster"):
         values["schedule"] = "grid"
     return values
@@ -65,7 +71,7 @@ def matrix() -> tuple[Config, ...]:
         turn = index
         while not candidates:  # one warp has no registers for 16 heads of 512 dims: the next group size then
             problem = Problem("decode", head_dim, GROUPS[turn % len(GROUPS)], name)
-            drawn = (SPACE.config(problem, draw(chooser, warps)) for _ in range(60))
+            drawn = (SPACE.config(problem, draw(chooser, problem, warps)) for _ in range(60))
             candidates = [config for config in drawn if not SPACE.refusals(config, target)]
             turn += 1
         best = min(candidates, key=lambda c: sum(used.get(pair, 0) for pair in c.params))

@@ -24,7 +24,7 @@ from tuner.render import (
     template_folder,
     templates_digest,
 )
-from tuner.space import Problem, default_config, seed_config
+from tuner.space import Problem, default_config, get_space, seed_config
 from tuner.table import read
 from tuner.table.install import TABLE_PATTERN
 from tuner.table.store import PACKAGE_TABLES
@@ -54,7 +54,9 @@ def test_context_and_header(tmp_path: Path) -> None:
     first, second = source.text.splitlines()[:2]
     assert first == "// wph_decode: head_dim 128, 4 query heads per KV head, turboquant_4bit_nc"
     assert second.startswith("// warps=4 head_warps=1")
-    assert all(f"{n}={v}" in source.text for n, v in DECODE.params)
+    absent = {axis.name: axis.absent for axis in get_space("decode").axes}
+    assert all((f"{n}={v}" in source.text) == (v != absent[n]) for n, v in DECODE.params)
+    assert " tail=apart" in render(DECODE.with_(tail="apart"), write(tmp_path, text)).text
     assert source.digest == hashlib.sha256(source.text.encode()).hexdigest()
 
 

@@ -14,6 +14,7 @@ from tuner.model import LATENCY_US, Launch, Prediction, model
 from tuner.pipes import Cycles, cost
 from tuner.sass import Loop, SassFacts, count
 from tuner.space import Config
+from tuner.space.banks import token_pitch, word_reads
 from tuner.space.plan import GROUP_TOKENS, DecodePlan
 from tuner.targets import Target
 from tuner.workload import Bucket, Shape
@@ -33,6 +34,8 @@ CLUSTERS_SEEN = ("sm_90",)
 _CONFLICTS = {4: 3.4, 3: 1.9}
 """Turns that 32 lanes take to look up pairs of indices in a table of 256 or 64 words, on average over random pairs."""
 _SECTOR = 32
+_MOST = 0.45
+"""What the loop over tokens has at least of a kernel's arithmetic: a last step apart from it has as much again."""
 
 
 def hot_loop(sass: SassFacts) -> Loop:
@@ -41,14 +44,14 @@ def hot_loop(sass: SassFacts) -> Loop:
     most = max((count(loop.opcodes, *names) for loop in sass.loops), default=0)
     if not most:
         raise TunerError(f"kernel {sass.kernel} has no loop with arithmetic: the static model cannot tell its time")
-    return min((x for x in sass.loops if count(x.opcodes, *names) >= 0.7 * most), key=lambda x: x.instructions)
+    return min((x for x in sass.loops if count(x.opcodes, *names) >= _MOST * most), key=lambda x: x.instructions)
 
 
 def _matrix_instructions(config: Config) -> int:
-    """Of one step: the query's halves and the values, as many or half as many k-steps for squared lengths, one for the
-    sum of weights."""
+    """Of one step: the query's halves (together where they are paired) and the values, as many or half as many k-steps
+    for squared lengths, one for the sum of weights."""
     plan = DecodePlan(config)
-    per_group = 3 * plan.head_tiles * plan.key_steps
+    per_group = (2 if plan.paired else 3) * plan.head_tiles * plan.key_steps
     if plan.sums_squares:
         per_group += plan.key_steps if plan.precise else plan.key_steps // 2
     if plan.centered:
@@ -153,6 +156,9 @@ def predict(
         pairs = plan.tiles * GROUP_TOKENS * plan.slice_dims / 2 / 32
         extra = pairs * (_CONFLICTS[problem.layout.key.bits] - 1)
         step = step.plus(Cycles(0.0, 0.0, extra, 0.0))
+    reads, turns = word_reads(config, token_pitch(config, shape.kv_heads))
+    if config["load"] != "direct":
+        step = step.plus(Cycles(0.0, 0.0, plan.tiles * float(turns - reads), 0.0))
 
     geometry = decode_geometry(config, batch=bucket.batch, kv_heads=shape.kv_heads, splits=splits)
     head_groups = geometry.grid[1]

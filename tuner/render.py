@@ -140,11 +140,14 @@ def format_source(text: str) -> str:
 
 
 def header(config: Config) -> str:
-    """The comment at the top of a source: what it computes, and every axis value."""
+    """The comment at the top of a source: what it computes, and every axis value but those of before a late axis."""
     p = config.problem
     lines = [f"// wph_{p.op}: head_dim {p.head_dim}, {p.gqa} query heads per KV head, {p.cache_format}"]
     line = "//"
+    absent = {axis.name: axis.absent for axis in get_space(p.op).axes}
     for name, value in config.params:
+        if value == absent[name]:
+            continue
         word = f" {name}={value}"
         if len(line) + len(word) > _LINE_WIDTH:
             lines.append(line)

@@ -82,11 +82,16 @@ class Config:
 
 @dataclass(frozen=True)
 class Axis:
-    """A parameter of the search: its values, the first being the plainest, and what it means."""
+    """A parameter of the search: its values, the first being the plainest, and what it means.
+
+    ``absent``: for an axis that came later, the value that kernels recorded before it have. Sources do not state it, so
+    that those kernels keep their text, and tables need not.
+    """
 
     name: str
     values: tuple[Value, ...]
     meaning: str
+    absent: Value | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ class Space:
 
     def config(self, problem: Problem, values: Mapping[str, Value]) -> Config:
         """A configuration from one value per axis, in axis order; raises UsageError for a bad or missing value."""
+        values = self.completed(values)
         for axis in self.axes:
             if axis.name not in values:
                 raise UsageError(f"axis {axis.name} has no value")
@@ -128,6 +134,11 @@ class Space:
                 expected = ", ".join(map(str, axis.values))
                 raise UsageError(f"axis {axis.name} cannot be {values[axis.name]!r}: expected one of {expected}")
         return Config(problem, tuple((a.name, values[a.name]) for a in self.axes))
+
+    def completed(self, values: Mapping[str, Value]) -> dict[str, Value]:
+        """``values``, in axis order, and what they leave out of axes that came later; nothing is checked."""
+        known = {a.name: values.get(a.name, a.absent) for a in self.axes}
+        return {name: value for name, value in known.items() if value is not None} | dict(values)
 
     def validate(self, config: Config) -> Config:
         """``config`` with its axes checked and ordered; raises UsageError naming what is wrong."""
@@ -150,7 +161,7 @@ class Space:
                 found = ", ".join(map(str, bad)) or "empty"
                 raise UsageError(f"axis {name} cannot be {found}: expected one of {expected}")
         axes = tuple(
-            Axis(a.name, tuple(v for v in a.values if v in allowed.get(a.name, a.values)), a.meaning) for a in self.axes
+            replace(a, values=tuple(v for v in a.values if v in allowed.get(a.name, a.values))) for a in self.axes
         )
         return replace(self, axes=axes)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tuner.space.banks import token_pitch, word_reads
 from tuner.space.core import Axis, Config, Constraint, Problem, Space, Value
 from tuner.space.plan import DecodePlan
 from tuner.targets import RESERVED_SHARED_BYTES, TARGETS, Target
@@ -11,12 +12,12 @@ AXES = (
     Axis("head_warps", (1, 2, 4, 8), "KV heads that a CTA handles side by side"),
     Axis("dim_warps", (1, 2, 4), "warps that share a token, each with a slice of the head dim"),
     Axis("math", ("mma", "fma"), "dot products on tensor cores (mma.sync) or on CUDA cores"),
-    Axis("lookup", ("table", "replicated", "spread", "prmt", "shuffle"), "how a codebook index becomes a level"),
+    Axis("lookup", ("table", "replicated", "spread", "prmt", "shuffle", "woven"), "how an index becomes a level"),
     Axis("load", ("cp_async", "direct", "bulk", "bulk_rows"), "how slots travel: cp.async, plain loads, bulk copies"),
     Axis("load_bytes", (16, 8, 4), "width of one asynchronous copy"),
     Axis("stages", (2, 1, 3, 4), "steps in flight per warp"),
     Axis("tokens", (16, 32, 64), "tokens that a warp takes per softmax step"),
-    Axis("query", ("shared", "registers"), "where the query's fragments wait"),
+    Axis("query", ("shared", "registers", "paired", "joined"), "where the query waits and where its halves meet"),
     Axis("accumulate", ("f32", "f16x2", "precise"), "innermost sums: fp32 or halves (fma), precise (mma)"),
     Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
     Axis(
@@ -25,6 +26,8 @@ AXES = (
         "who adds up splits: the last CTA, a second kernel, branches, or first clusters of CTAs in shared memory",
     ),
     Axis("schedule", ("grid", "stream", "share"), "splits per request, or a persistent grid: equal quotas, or pieces"),
+    Axis("words", ("strided", "adjacent"), "which of a row's words a lane unpacks: every fourth, or a run", "strided"),
+    Axis("tail", ("masked", "apart"), "tokens past the end: masked in every step, or in a last one apart", "masked"),
 )
 
 REGISTER_LIMIT = 255
@@ -47,6 +50,17 @@ def register_estimate(config: Config) -> int:
         held = 4 * gqa
         state = 4 * gqa
     return _FIXED_REGISTERS + sums + scores + held + state
+
+
+def has_unaligned_fields(config: Config) -> bool:
+    """Whether keys and values are fields of four bits in staged rows that are aligned to two bytes."""
+    layout = config.problem.layout
+    fields = layout.key.bits == layout.value.bits == 4 and not layout.format.value_codebook
+    return fields and config["load"] != "direct" and DecodePlan(config).alignment == 2
+
+
+def _overfills_gaps(plan: DecodePlan) -> bool:
+    return 2 * plan.query_bytes > plan.lookup_bytes
 
 
 def _registers_available(config: Config, target: Target) -> int:
@@ -76,8 +90,18 @@ CONSTRAINTS = (
     ),
     Constraint(
         "spread_bytes",
-        "the spread table is addressed by bytes of two 4-bit indices",
-        lambda c, _: c["lookup"] == "spread" and c.problem.layout.key.bits != 4,
+        "the spread and the woven table are addressed by bytes of two 4-bit indices",
+        lambda c, _: c["lookup"] in ("spread", "woven") and c.problem.layout.key.bits != 4,
+    ),
+    Constraint(
+        "woven_query",
+        "tensor-core fragments of the query must fill no more than the woven table's gaps",
+        lambda c, _: c["lookup"] == "woven" and (c["math"] != "mma" or _overfills_gaps(DecodePlan(c))),
+    ),
+    Constraint(
+        "adjacent_words",
+        "runs of words spare reads where staged rows of 4-bit fields are aligned to two bytes only",
+        lambda c, _: c["words"] == "adjacent" and not has_unaligned_fields(c),
     ),
     Constraint(
         "copy_width",
@@ -111,8 +135,13 @@ CONSTRAINTS = (
     ),
     Constraint(
         "held_query",
-        "only tensor-core fragments of the query fit in registers",
-        lambda c, _: c["query"] == "registers" and c["math"] != "mma",
+        "tensor-core fragments alone fit in registers, or have halves whose products could meet in one sum",
+        lambda c, _: c["query"] in ("registers", "joined") and c["math"] != "mma",
+    ),
+    Constraint(
+        "paired_query",
+        "a tensor-core tile has room for both halves of up to four query heads",
+        lambda c, _: c["query"] == "paired" and (c["math"] != "mma" or c.problem.gqa > 4),
     ),
     Constraint(
         "resident_warps",
@@ -164,7 +193,7 @@ def default_config(problem: Problem) -> Config:
 
 def direct_variant(config: Config) -> Config:
     """``config`` with plain loads, for caches whose pages are not aligned for asynchronous copies."""
-    return config.with_(load="direct", stages=1, load_bytes=16)
+    return config.with_(load="direct", stages=1, load_bytes=16, words="strided")
 
 
 def seed_config(problem: Problem) -> Config:
@@ -175,8 +204,16 @@ def seed_config(problem: Problem) -> Config:
     return _config(problem, head_warps=4 // dims, dim_warps=dims, load="direct", stages=1, lookup=lookup)
 
 
+def _best_words(config: Config, kv_heads: int) -> Config:
+    """``config`` with words dealt to lanes so that reading them takes fewer turns, where there is a choice."""
+    other = config.with_(words="adjacent")
+    if not has_unaligned_fields(config):
+        return config
+    return min((config, other), key=lambda c: word_reads(c, token_pitch(c, kv_heads))[1])
+
+
 def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
-    """What won before, scaled to the problem.
+    """What won before, scaled to the problem, with what came later beside it.
 
     Large batches: bulk copies of all KV heads, the pair table shared by many warps, tokens divided evenly (by quotas
     in what won; pieces of requests, which spare ragged batches a second beginning, came later and stand beside them).
@@ -184,9 +221,9 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     the merging.
     """
     dims = default_config(problem)["dim_warps"]
-    key = problem.layout.key
-    replicated = "replicated" if problem.layout.format.key_codebook else "table"
-    spread = "spread" if problem.layout.format.key_codebook and key.bits == 4 else replicated
+    codebook, key = problem.layout.format.key_codebook, problem.layout.key
+    replicated = "replicated" if codebook else "table"
+    spread, woven = ("spread", "woven") if codebook and key.bits == 4 else (replicated, replicated)
     bulk: dict[str, Value] = {"load": "bulk", "head_warps": kv_heads, "schedule": "share", "dim_warps": dims}
     allowed = {axis.name: axis.values for axis in AXES}
     if kv_heads not in allowed["head_warps"]:  # then as many as divide all and lie in whole 16 bytes
@@ -195,36 +232,52 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         bulk |= {"load": "bulk_rows", "head_warps": max(parts, default=kv_heads)}
     alone: dict[str, Value] = {"load": "cp_async", "tokens": 16, "dim_warps": dims}
     sliced = alone | {"warps": 8, "dim_warps": 2 * dims}
+    # Two tiles of query heads leave registers for whole rows where the query's halves meet in one sum.
+    query = "paired" if problem.gqa <= 4 else "joined" if problem.gqa > 8 else "shared"
+    lean: dict[str, Value] = {"tail": "apart", "query": query}
+    whole = bulk | lean | {"tokens": 32, "dim_warps": 1 if problem.layout.block_d <= 256 else dims}
     wanted = (
+        whole | {"warps": 16, "lookup": woven},
+        whole | {"warps": 8, "lookup": woven},
+        bulk | lean | {"warps": 8, "tokens": 32, "lookup": spread},
         bulk | {"warps": 16, "tokens": 32, "lookup": replicated},
         bulk | {"warps": 8, "tokens": 32, "lookup": spread},
-        alone | {"warps": 8, "lookup": spread},
+        alone | lean | {"warps": 8, "lookup": spread},
+        alone | {"warps": 8, "lookup": spread, "query": query},
+        bulk | lean | {"warps": 8, "lookup": spread},
+        whole | {"warps": 8, "lookup": woven, "reduction": "tree"},
+        sliced | lean | {"lookup": spread, "reduction": "tree"},
         sliced | {"lookup": spread, "reduction": "tree"},
+        sliced | lean | {"stages": 4, "lookup": spread, "reduction": "cluster2"},
         sliced | {"stages": 4, "lookup": spread, "reduction": "cluster2"},
+        alone | lean | {"warps": 8, "stages": 4, "lookup": spread, "reduction": "cluster2"},
         alone | {"warps": 8, "stages": 4, "lookup": spread, "reduction": "cluster2"},
-        alone | {"warps": 8, "lookup": spread, "reduction": "cluster8"},
+        alone | lean | {"warps": 8, "lookup": spread, "reduction": "cluster8"},
+        alone | {"warps": 8, "lookup": spread},
         sliced | {"lookup": spread},
+        bulk | lean | {"warps": 16, "lookup": woven},
+        whole | {"warps": 16, "lookup": woven, "schedule": "stream"},
+        whole | {"warps": 8, "lookup": woven, "schedule": "stream"},
+        alone | lean | {"warps": 8, "stages": 4, "lookup": spread, "reduction": "tree"},
+        alone | lean | {"warps": 4, "lookup": replicated, "stages": 4, "min_ctas": 2, "schedule": "share"},
+        alone | lean | {"warps": 16, "dim_warps": 4 * dims, "reduction": "tree"},
         bulk | {"warps": 8, "tokens": 32, "lookup": spread, "reduction": "tree"},
         alone | {"warps": 8, "stages": 4, "lookup": spread, "reduction": "tree"},
         bulk | {"warps": 16, "lookup": spread},
-        alone | {"warps": 4, "lookup": replicated, "stages": 4, "min_ctas": 2, "schedule": "share"},
-        alone | {"warps": 16, "dim_warps": 4 * dims, "reduction": "tree"},
-        bulk | {"warps": 16, "tokens": 32, "lookup": replicated, "schedule": "stream"},
-        bulk | {"warps": 8, "tokens": 32, "lookup": spread, "schedule": "stream"},
         sliced | {"lookup": "prmt"},
         alone | {"warps": 8, "stages": 4, "lookup": spread},
         sliced | {"stages": 4, "lookup": spread, "reduction": "tree"},
         sliced | {"stages": 4, "lookup": spread, "reduction": "cluster4"},
         sliced | {"tokens": 32, "lookup": spread, "reduction": "tree"},
-        bulk | {"warps": 8, "lookup": spread},
+        bulk | lean | {"warps": 8, "lookup": woven},
         alone | {"warps": 16, "lookup": spread},
-        bulk | {"warps": 8, "tokens": 32, "lookup": replicated},
         bulk | {"warps": 8, "dim_warps": 2 * dims, "lookup": spread},
         bulk | {"warps": 8, "stages": 3, "lookup": replicated},
         bulk | {"warps": 8, "lookup": replicated, "min_ctas": 2},
         alone | {"warps": 4, "stages": 4},
     )
-    return tuple(dict.fromkeys(_config(problem, **w) for w in wanted if all(v in allowed[n] for n, v in w.items())))
+    known = [_config(problem, **w) for w in wanted if all(v in allowed[n] for n, v in w.items())]
+    return tuple(dict.fromkeys(_best_words(c, kv_heads) if c["tail"] == "apart" else c for c in known))
 
 
 DECODE = Space("decode", AXES, CONSTRAINTS, default_config, seed_config, lead_configs)

@@ -76,6 +76,38 @@ class DecodePlan:
         """Tiles of eight query heads."""
         return -(-self.config.problem.gqa // 8)
 
+    @property
+    def paired(self) -> bool:
+        """Of up to four query heads what halves hold and what they leave lie side by side in one tile of eight."""
+        return bool(self.config["query"] == "paired")
+
+    @property
+    def tile_heads(self) -> int:
+        """Query heads of a tile."""
+        return 4 if self.paired else 8
+
+    @property
+    def lane_heads(self) -> int:
+        """Query heads whose softmax a lane follows."""
+        if self.config["math"] != "mma":
+            return self.config.problem.gqa
+        return 1 if self.paired else 2 * self.head_tiles
+
+    @property
+    def adjacent(self) -> bool:
+        """A lane's words of a row lie side by side, and tokens are dealt to rows so that lanes meet in fewer banks."""
+        return bool(self.config["words"] == "adjacent")
+
+    @property
+    def apart(self) -> bool:
+        """Tokens beyond a request are masked in a last step of its own."""
+        return bool(self.config["tail"] == "apart")
+
+    @property
+    def woven(self) -> bool:
+        """The query lies between the entries of the lookup table."""
+        return bool(self.config["lookup"] == "woven" and self.lookup_bytes)
+
     @cached_property
     def slice_dims(self) -> int:
         """Coefficients that one warp handles."""
@@ -151,13 +183,13 @@ class DecodePlan:
 
         An entry is there once, or once per bank; 256 bytes apart, a byte of two 4-bit indices is byte 1 of its address.
         """
-        strides = {"table": 4, "replicated": 128, "spread": 256}
+        strides = {"table": 4, "replicated": 128, "spread": 256, "woven": 256}
         codebook = self.config.problem.layout.format.key_codebook
         return strides.get(str(self.config["lookup"]), 0) if codebook else 0
 
     @cached_property
     def lookup_bytes(self) -> int:
-        """Size of the pair table, to a multiple of which it is aligned: a power of two."""
+        """Size of the pair table, a power of two; but where it is woven, it is aligned to a multiple of that."""
         return self.lookup_stride << (2 * self.config.problem.layout.format.key_bits)
 
     shared_start = RESERVED_SHARED_BYTES
@@ -165,8 +197,9 @@ class DecodePlan:
 
     @cached_property
     def query_bytes(self) -> int:
-        """Query fragments: per KV head, head tile, k-step and lane four coefficients of four bytes."""
-        return self.config["head_warps"] * self.head_tiles * self.query_steps * 32 * 16
+        """Query fragments: per KV head, k-step and place of a query head in a tile four times four coefficients of four
+        bytes, what halves hold of them and what they leave."""
+        return self.config["head_warps"] * self.head_tiles * self.query_steps * self.tile_heads * 4 * 16
 
     @cached_property
     def multiplier_bytes(self) -> int:
@@ -224,8 +257,7 @@ class DecodePlan:
         """Partial scores and squared lengths that a warp hands to the other slices of its tokens."""
         if self.config["dim_warps"] == 1:
             return 0
-        heads = 4 * self.head_tiles if self.config["math"] == "mma" else 2 * self.config.problem.gqa
-        per_lane = heads * (2 if self.outlier_steps else 1) + 2
+        per_lane = 2 * self.lane_heads * (2 if self.outlier_steps else 1) + 2
         return 32 * self.tiles * per_lane
 
     @cached_property
@@ -291,7 +323,7 @@ class DecodePlan:
 
         The lookup table must lie at a multiple of its size, so stages and other regions go before and after it, in the
         way that ends first: stages start at ``staging``, and where they are split, those from ``stages_before`` on at
-        ``staging_after``.
+        ``staging_after``. A woven table may lie anywhere, and the query in its gaps: both come first.
         """
         sizes = {
             "multiplier": self.multiplier_bytes,
@@ -301,7 +333,7 @@ class DecodePlan:
             "flag": 16,
             "queue": 16 if self.config["schedule"] != "grid" else 0,
         }
-        at = -self.shared_start % self.lookup_bytes if self.lookup_bytes else 0
+        at = -self.shared_start % self.lookup_bytes if self.lookup_bytes and not self.woven else 0
         best: dict[str, int] | None = None
         while best is None or at + self.lookup_bytes < best["end"]:
             fit = min(self.stage_count, at // max(self.stage_bytes, 1))
@@ -309,7 +341,7 @@ class DecodePlan:
                 layout = self._layout(sizes, at, before, query_before)
                 if layout and (best is None or layout["end"] < best["end"]):
                     best = layout
-            if self.lookup_bytes <= _SMALL_TABLE:
+            if self.woven or self.lookup_bytes <= _SMALL_TABLE:
                 break
             at += self.lookup_bytes
         assert best is not None, "a layout with everything behind the table always exists"
@@ -320,8 +352,11 @@ class DecodePlan:
         after = lookup + self.lookup_bytes
         stages = [before * self.stage_bytes, (self.stage_count - before) * self.stage_bytes]
         runs = [_round_up(n + _OVERREAD, 128) if n else 0 for n in stages]
-        query = runs[0] if query_before else after + runs[1]
-        runs[0 if query_before else 1] += _round_up(self.query_bytes, 128)
+        if self.woven:
+            query = lookup + self.lookup_stride // 2
+        else:
+            query = runs[0] if query_before else after + runs[1]
+            runs[0 if query_before else 1] += _round_up(self.query_bytes, 128)
         behind = runs[1] >= runs[0]
         runs[behind] = max(runs[behind], _round_up(self.merge_bytes, 128))
         if runs[0] > lookup:

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tuner.errors import TunerError
-from tuner.space.core import Config, Problem, Value
+from tuner.space import Config, Problem, get_space
+from tuner.space.core import Value
 from tuner.targets import device_slug
 
 SCHEMA_VERSION = 1
@@ -75,7 +76,8 @@ class Kernel:
     spill_bytes: int
 
     def config(self, problem: Problem) -> Config:
-        return Config(problem, self.params)
+        """Its configuration, with axes that came after it was recorded."""
+        return Config(problem, tuple(get_space(problem.op).completed(dict(self.params)).items()))
 
 
 @dataclass(frozen=True)
