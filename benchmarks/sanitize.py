@@ -6,11 +6,12 @@
 One line per kernel and tool. Kernels of a table share a process, since starting one takes longest, and where a tool
 reports anything each gets its own; --jobs processes at a time, whose whole output is kept in --work.
 
-Before that racecheck is asked about a small program, sanitize_control.cu, with a race and without. It must tell them
-apart. Then the same where some warps of a CTA meet at a barrier of their own: if it cannot tell them apart there, what
-it says of kernels with such barriers says nothing. They are called unsure and counted by themselves, and
-`python benchmarks/races.py` looks for their races in the emulator. Ends with 1 where a tool reports anything else, or
-where a kernel was left out for want of time.
+Before that racecheck is asked about a small program, sanitize_control.cu, with races and without. It must tell them
+apart. Then the same where some warps of a CTA meet by themselves, first at a named barrier: if it cannot tell them
+apart there, what it says of kernels with such barriers says nothing. Then at an mbarrier: if it can there, it is given
+twins of those kernels (sanitize_twin.py), whose warps meet so, and what it says of a twin counts for the kernel. If it
+cannot, they are called unsure and counted by themselves, and `python benchmarks/races.py` looks for their races in the
+emulator. Ends with 1 where a tool reports anything else, or where a kernel was left out for want of time.
 """
 
 from __future__ import annotations
@@ -25,48 +26,60 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.command import attached_gpu, ended, run_bounded  # noqa: E402
+from benchmarks.sanitize_twin import TwinKernel, twin  # noqa: E402
 from tuner import toolchain  # noqa: E402
+from tuner.build import BuildFailure, build  # noqa: E402
 from tuner.errors import TunerError, UsageError  # noqa: E402
+from tuner.render import Source, render  # noqa: E402
+from tuner.space import Problem, default_config  # noqa: E402
+from tuner.standalone.kernels import shared_primitives  # noqa: E402
 from tuner.table import Kernel, Table, read, read_cubin  # noqa: E402
 from tuner.table.install import TABLE_PATTERN  # noqa: E402
 from tuner.table.store import PACKAGE_TABLES  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck")
 CLEAN, UNSURE, FOUND = "clean", "unsure", "FOUND"
+NAMED, MBARRIER, NEITHER = "at a named barrier", "at an mbarrier", "at neither kind of barrier"
+"""Where warps may meet by themselves so that racecheck tells races."""
 _FOUND = 9
 """Exit status of compute-sanitizer where it reports something."""
 _TOGETHER = 5
 """Kernels that a process takes."""
 _CONTROL = Path(__file__).resolve().parent / "sanitize_control.cu"
-_CONTROL_S = 120.0
+_CONTROL_S = 60.0
+_CUDA_BARRIERS = "256"
+"""mbarriers of a CTA that racecheck makes room for: by itself for those in the source, where one line opens many."""
+_OVERFLOW = "overflow of tracked cuda::barrier"
+"""In a warning of racecheck, after which its results mean nothing."""
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A kernel, and where its cubin is."""
+    """A kernel, and where its cubin is, or its twin's."""
 
     table: Table
     kernel: Kernel
     cubin: Path
+    twin: bool = False
 
     @property
     def named_barriers(self) -> bool:
         """Whether some of a CTA's warps meet without the others: those that share a token, or its two halves."""
         config = self.kernel.config(self.table.problem)
-        return self.table.problem.op == "dequant" or (self.table.problem.op == "decode" and config["dim_warps"] > 1)
+        return self.table.problem.op in ("decode", "dequant") and config["dim_warps"] > 1
 
     @property
     def name(self) -> str:
         p = self.table.problem
-        return f"{p.op} D={p.head_dim} group {p.gqa} {p.cache_format} {self.kernel.id}"
+        return f"{p.op} D={p.head_dim} group {p.gqa} {p.cache_format} {self.kernel.id}{' (twin)' if self.twin else ''}"
 
 
 def subjects(folder: Path, arch: str) -> Iterator[Subject]:
@@ -76,6 +89,28 @@ def subjects(folder: Path, arch: str) -> Iterator[Subject]:
         for kernel in table.kernels if table.device.arch == arch else ():
             read_cubin(path, table, kernel.id)
             yield Subject(table, kernel, path.parent / "kernels" / f"{kernel.id}.cubin")
+
+
+def with_twins(found: Sequence[Subject], arch: str, work: Path) -> list[Subject]:
+    """``found`` with a twin in the place of each kernel that has named barriers. Raises TunerError where one does not
+    compile, or where a kernel was made from other templates than its twin would be.
+    """
+    sources = {s.kernel.id: _twin_source(s) for s in found if s.named_barriers}
+    results = build(sources.values(), [arch], root=work / "twins")
+    made = []
+    for subject in found:
+        result = results[sources[subject.kernel.id].digest, arch] if subject.named_barriers else None
+        if isinstance(result, BuildFailure):
+            raise TunerError(f"the twin of {subject.name} does not compile: {result.message}; see {result.log}")
+        made.append(replace(subject, cubin=result.cubin, twin=True) if result else subject)
+    return made
+
+
+def _twin_source(subject: Subject) -> Source:
+    config = subject.kernel.config(subject.table.problem)
+    if render(config).digest != subject.kernel.source_digest:
+        raise TunerError(f"no twin of {subject.name}: it was made from other templates than these, tune again")
+    return twin(config)
 
 
 def groups(found: Iterable[Subject]) -> Iterator[list[Subject]]:
@@ -90,9 +125,16 @@ def command(tool: str, sanitizer: str, group: Sequence[Subject]) -> list[str]:
     words = []
     for subject in group:
         config = json.dumps(subject.kernel.config(subject.table.problem).to_dict())
-        words += [config, str(subject.cubin), str(subject.table.kv_heads)]
+        kind = "twin" if subject.twin else "kernel"
+        words += [kind, config, str(subject.cubin), str(subject.table.kv_heads)]
     child = [sys.executable, str(Path(__file__).resolve()), "--child", *words]
-    return [sanitizer, "--tool", tool, "--error-exitcode", str(_FOUND), *child]
+    return [*examiner(tool, sanitizer), *child]
+
+
+def examiner(tool: str, sanitizer: str) -> list[str]:
+    """The words before those of a command that ``tool`` is to examine."""
+    room = ["--num-cuda-barriers", _CUDA_BARRIERS] if tool == "racecheck" else []
+    return [sanitizer, "--tool", tool, *room, "--error-exitcode", str(_FOUND)]
 
 
 def summary(text: str) -> str:
@@ -101,38 +143,50 @@ def summary(text: str) -> str:
     return found[-1].strip() if found else "no summary"
 
 
-def confused(sanitizer: str, arch: str, work: Path) -> bool:
-    """Whether racecheck cannot tell right from wrong where some warps meet by themselves. Raises TunerError where it
-    cannot be asked, or cannot tell them apart without such barriers either.
+def believable(sanitizer: str, arch: str, work: Path) -> str:
+    """Where warps may meet by themselves so that racecheck tells right from wrong: NAMED, MBARRIER or NEITHER. Raises
+    TunerError where it cannot be asked, or cannot tell them apart where only the whole CTA meets either.
     """
     nvcc = toolchain.find((arch,))
-    program = work / "control"
+    program, written = work / "control", work / "control.log"
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "control.log").open("w") as log:
+    any_kernel = default_config(Problem("decode", 128, 4, "turboquant_4bit_nc"))
+    (work / "primitives.cuh").write_text(shared_primitives(any_kernel))
+    with written.open("w") as log:
         libraries = nvcc.nvcc.parents[1] / "lib"  # of a wheel, where its nvcc does not look
-        build = [str(nvcc.nvcc), "-std=c++17", f"-arch={arch}", f"-L{libraries}", "-o", str(program), str(_CONTROL)]
-        if run_bounded(build, log, _CONTROL_S, env=nvcc.env) != 0:
-            raise TunerError(f"{_CONTROL.name} does not compile: see {work / 'control.log'}")
-        tool = [sanitizer, "--tool", "racecheck", "--error-exitcode", str(_FOUND), str(program)]
-        plain, paired = ([run_bounded([*tool, r, p], log, _CONTROL_S) for r in ("0", "1")] for p in ("0", "1"))
-    if not {*plain, *paired} <= {0, _FOUND}:
-        raise TunerError(f"racecheck could not run {_CONTROL.name}: see {work / 'control.log'}")
-    told = [0, _FOUND]
-    if plain != told:
-        raise TunerError(f"racecheck does not tell races in {_CONTROL.name}: see {work / 'control.log'}")
-    able = "can" if paired == told else "cannot"
-    print(f"control: racecheck {able} tell a race where some warps of a CTA have a barrier of their own")
-    return paired != told
+        options = ["-std=c++17", f"-arch={arch}", f"-I{work}", f"-L{libraries}", "-o", str(program)]
+        if run_bounded([str(nvcc.nvcc), *options, str(_CONTROL)], log, _CONTROL_S, env=nvcc.env) != 0:
+            raise TunerError(f"{_CONTROL.name} does not compile: see {written}")
+
+        def tells(meeting: int, races: int) -> bool:
+            """Whether each race is reported, and nothing where there is none."""
+            for race in range(races + 1):
+                print(f"race {race}, meeting {meeting}", file=log, flush=True)
+                words = [*examiner("racecheck", sanitizer), str(program), str(race), str(meeting)]
+                status = run_bounded(words, log, _CONTROL_S)
+                if not meeting and status not in (0, _FOUND):
+                    raise TunerError(f"racecheck could not run {_CONTROL.name}: see {written}")
+                if status != (_FOUND if race else 0):
+                    return False
+            return True
+
+        if not tells(0, 1):
+            raise TunerError(f"racecheck does not tell races in {_CONTROL.name}: see {written}")
+        where = NAMED if tells(1, 3) else MBARRIER if tells(2, 3) else NEITHER
+    print(f"control: where warps of a CTA meet by themselves, racecheck can tell races {where}")
+    return where
 
 
 def gate(words: Sequence[str]) -> int:
-    """The child: the gate's smallest cases, on the GPU, for every (configuration, cubin, KV heads) of ``words``."""
+    """The child: the gate's smallest cases, on the GPU, for each (kind, config, cubin, KV heads) of ``words``."""
+    from tuner.launch import LoadedKernel
     from tuner.measure.child import Child
     from tuner.measure.parent import end_with_parent
 
     end_with_parent()
     child, failed = Child(0, 16, None, 0), 0
-    for config, cubin, kv_heads in zip(*[iter(words)] * 3, strict=True):
+    for kind, config, cubin, kv_heads in zip(*[iter(words)] * 4, strict=True):
+        child.loads = TwinKernel if kind == "twin" else LoadedKernel
         request = {"config": json.loads(config), "cubin": cubin, "level": "tiny", "kv_heads": int(kv_heads)}
         answer = child.check(request)
         print(answer, flush=True)
@@ -147,13 +201,17 @@ def run(args: argparse.Namespace) -> int:
     unknown = [t for t in tools if t not in TOOLS]
     if unknown:
         raise UsageError(f"--tools names {unknown[0]!r}: expected some of {', '.join(TOOLS)}")
-    target = attached_gpu(0)
+    begun, target = time.monotonic(), attached_gpu(0)
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         raise TunerError("no compute-sanitizer on the PATH: it comes with the CUDA toolkit")
-    unsure = "racecheck" in tools and confused(sanitizer, target.arch, args.work)
-    asked = [(g, t) for g in groups(subjects(args.tables, target.arch)) for t in tools]
-    found = examine_all(asked, sanitizer, args.work, args.jobs, args.timeout, unsure=unsure)
+    where = believable(sanitizer, target.arch, args.work) if "racecheck" in tools else NAMED
+    kernels = list(subjects(args.tables, target.arch))
+    raced = with_twins(kernels, target.arch, args.work) if where == MBARRIER else kernels
+    parts = {tool: list(groups(raced if tool == "racecheck" else kernels)) for tool in tools}
+    asked = [(g, t) for together in zip(*parts.values(), strict=True) for g, t in zip(together, parts, strict=True)]
+    left = args.timeout - (time.monotonic() - begun)
+    found = examine_all(asked, sanitizer, args.work, args.jobs, left, unsure=where == NEITHER)
     number = sum(len(group) for group, _ in asked)
     counts = {word: found.count(word) for word in (CLEAN, UNSURE, FOUND)}
     said = ", ".join(f"{n} {word}" for word, n in counts.items())
@@ -172,7 +230,8 @@ def examine_all(
 ) -> list[str]:
     """Of each kernel and tool that there was time for: CLEAN, FOUND or UNSURE; a line on each.
 
-    UNSURE is what racecheck says of kernels with barriers of a part of the CTA where ``unsure``.
+    UNSURE is what racecheck says of kernels with named barriers where ``unsure``, and of those whose mbarriers were too
+    many for it.
     """
     work.mkdir(parents=True, exist_ok=True)
     deadline, stop = time.monotonic() + timeout_s, threading.Event()
@@ -189,11 +248,11 @@ def examine_all(
             return [word for subject in group for word in examine([subject], tool)]
         if status is None:
             return []
-        said = []
+        said, text = [], log.read_text()
         for subject in group:
-            nothing = unsure and status in (0, _FOUND) and tool == "racecheck" and subject.named_barriers
-            said.append(UNSURE if nothing else FOUND if status else CLEAN)
-            print(f"{said[-1]} {tool:9} {subject.name}: {summary(log.read_text())}", flush=True)
+            nothing = tool == "racecheck" and ((unsure and subject.named_barriers) or _OVERFLOW in text)
+            said.append(UNSURE if nothing and status in (0, _FOUND) else FOUND if status else CLEAN)
+            print(f"{said[-1]} {tool:9} {subject.name}: {summary(text)}", flush=True)
         return said
 
     pool = ThreadPoolExecutor(jobs)

@@ -128,8 +128,8 @@ def test_sanitizers_get_the_kernels_of_the_attached_gpu(tmp_path: Path) -> None:
     assert list(sanitize.subjects(tmp_path, "sm_90")) == []
     words = sanitize.command("racecheck", "/bin/compute-sanitizer", [subject])
     assert words[:3] == ["/bin/compute-sanitizer", "--tool", "racecheck"] and words[-2:] == [str(subject.cubin), "8"]
-    config = json.loads(words[words.index("--child") + 1])
-    assert config["head_dim"] == 128 and config["params"] == dict(subject.kernel.params)
+    kind, config = words[words.index("--child") + 1], json.loads(words[words.index("--child") + 2])
+    assert kind == "kernel" and config["head_dim"] == 128 and config["params"] == dict(subject.kernel.params)
     text = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
     assert sanitize.summary(f"noise\n{text}\n") == "0 hazards displayed (0 errors, 0 warnings)"
     assert sanitize.summary("crashed") == "no summary"
@@ -174,32 +174,51 @@ def test_where_racecheck_fails_the_control_kernels_with_such_barriers_are_unsure
         assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == expected
 
 
+def test_racecheck_that_loses_count_of_barriers_is_unsure(tmp_path: Path) -> None:
+    subject = next(sanitize.subjects(PACKAGE_TABLES, "sm_90"))
+    tool = tmp_path / "sanitizer"
+    tool.write_text(
+        f"#!{sys.executable}\nprint('========= Warning: Detected overflow of tracked cuda::barrier structures. Results "
+        "might be incorrect. Try using --num-cuda-barriers to fix the issue')\n"
+    )
+    tool.chmod(0o755)
+    found = sanitize.examine_all([([subject], "racecheck"), ([subject], "memcheck")], str(tool), tmp_path / "w", 1, 60)
+    assert found == ["unsure", "clean"]
+
+
+TOLD, ALL, NONE = (0, 9), (0, 9, 9, 9), (0, 0, 0, 0)
+
+
 @pytest.mark.parametrize(
     ("answers", "expected"),
     [
-        ((0, 9, 0, 9), False),
-        ((0, 9, 9, 9), True),
-        ((0, 9, 9, 0), True),
-        ((0, 9, 0, 0), True),
-        ((0, 9, 1, 9), "could not run"),
-        ((0, 0, 0, 9), "does not tell races"),
-        ((9, 9, 0, 9), "does not tell races"),
+        ((TOLD, ALL, NONE), sanitize.NAMED),
+        ((TOLD, NONE, ALL), sanitize.MBARRIER),
+        ((TOLD, (9, 9, 9, 9), ALL), sanitize.MBARRIER),
+        ((TOLD, (0, 9, 9, 0), ALL), sanitize.MBARRIER),
+        ((TOLD, (1, 9, 9, 9), ALL), sanitize.MBARRIER),
+        ((TOLD, NONE, (9, 9, 9, 9)), sanitize.NEITHER),
+        ((TOLD, NONE, (0, 9, 0, 9)), sanitize.NEITHER),
+        ((TOLD, NONE, (0, 9, 9, 0)), sanitize.NEITHER),
+        (((1, 9), ALL, ALL), "could not run"),
+        (((0, 0), ALL, ALL), "does not tell races"),
+        (((9, 9), ALL, ALL), "does not tell races"),
     ],
 )
-def test_the_control_says_whether_racecheck_can_be_believed(
-    tmp_path: Path, answers: tuple[int, ...], expected: bool | str
+def test_the_control_says_where_racecheck_can_be_believed(
+    tmp_path: Path, answers: tuple[tuple[int, ...], ...], expected: str
 ) -> None:
     """The program is compiled; a script stands in the sanitizer's place, which needs a GPU."""
     tool = tmp_path / "sanitizer"
-    tool.write_text(f"#!{sys.executable}\nimport sys\nraces, paired = map(int, sys.argv[-2:])\n")
+    tool.write_text(f"#!{sys.executable}\nimport sys\nrace, meeting = map(int, sys.argv[-2:])\n")
     with tool.open("a") as file:
-        file.write(f"sys.exit({answers}[2 * paired + races])\n")
+        file.write(f"sys.exit({answers}[meeting][race])\n")
     tool.chmod(0o755)
-    if isinstance(expected, str):
-        with pytest.raises(TunerError, match=expected):
-            sanitize.confused(str(tool), "sm_90", tmp_path / "work")
+    if expected.startswith("at "):
+        assert sanitize.believable(str(tool), "sm_90", tmp_path / "work") == expected
     else:
-        assert sanitize.confused(str(tool), "sm_90", tmp_path / "work") is expected
+        with pytest.raises(TunerError, match=expected):
+            sanitize.believable(str(tool), "sm_90", tmp_path / "work")
     assert (tmp_path / "work" / "control").is_file()
 
 

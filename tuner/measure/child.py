@@ -51,6 +51,9 @@ _LOST_CONTEXT = 3
 class Child:
     """The operations. Each takes the request and returns what JSON can hold; exceptions become failures."""
 
+    loads: type[LoadedKernel] = LoadedKernel
+    """What ``check`` and ``time`` load a cubin as."""
+
     def __init__(self, device: int, block_size: int, pool_bytes: int | None, seed: int) -> None:
         if not torch.cuda.is_available():
             raise TunerError("no NVIDIA GPU: torch sees none, so nothing can be timed")
@@ -185,7 +188,7 @@ class Child:
 
     @contextmanager
     def _loaded(self, config: Config, cubin: str) -> Iterator[LoadedKernel]:
-        kernel = LoadedKernel.load(Path(cubin), config, self.device)
+        kernel = self.loads.load(Path(cubin), config, self.device)
         try:
             yield kernel
             torch.cuda.synchronize()
