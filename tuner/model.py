@@ -24,7 +24,7 @@ LATENCY_US = {"sm_90": 0.8, "sm_100": 0.85, "sm_120": 0.65, "sm_121": 0.9}
 _LAUNCH_US = 2.5  # one kernel in a CUDA graph, from start to end of an empty one
 _NEXT_KERNEL_US = 1.5  # each further kernel of the same graph
 _COLD_TRIPS = 3  # dependent trips to memory before the first product: lengths, block table, slots
-_SHARPNESS = 8.0  # exponent of the smoothed maximum: a second term of equal size adds 9%, one of half the size 0.05%
+_SHARPNESS = 5.0  # exponent of the smoothed maximum: a second term of equal size adds 15%, one of half the size 0.6%
 _MAX_SIMULATED_CTAS = 4096
 
 
