@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import struct
 from dataclasses import dataclass
 from functools import cached_property
 
 from tuner.space.core import Config
-from tuner.targets import RESERVED_SHARED_BYTES
+from tuner.space.regions import SHARED_START, Regions, arrange, round_up
 
 GROUP_TOKENS = 16
 """Tokens of one page that are copied and multiplied together (the M of mma.m16n8k16)."""
@@ -22,38 +21,14 @@ _SQUARE_MIDDLE = {3: 0.59765625, 4: 0.755859375}
 2^-8 what moves their sum over a row least (relative error at head dim 128: 9.6e-6 and 4.6e-6; without it 1.9e-5 and
 2.3e-5)."""
 
-_OVERREAD = 16
-"""Bytes past the last stage that reading a row's last word may touch."""
-
-_SMALL_TABLE = 8 * 1024
-"""A lookup table of at most so many bytes takes the first place: others would save next to nothing."""
-
 _LEAST_MERGE_BYTES = 16 * 1024
 """Shared memory that merging may take where staging is smaller."""
-
-
-def _round_up(n: int, to: int) -> int:
-    return -(-n // to) * to
 
 
 def _odd_chunks(size: int) -> int:
     """``size`` rounded up to an odd number of 16-byte chunks: rows this far apart start in different bank groups."""
     chunks = -(-size // 16)
     return 16 * (chunks | 1)
-
-
-def _place(sizes: dict[str, int], low: int, room: int, high: int) -> dict[str, int]:
-    """Offsets of regions, 128 bytes aligned, the largest first: from ``low`` up while it is below ``room``, then from
-    ``high`` up. ``end`` is where the last one ends.
-    """
-    offsets = {}
-    for name in sorted(sizes, key=lambda n: -sizes[n]):
-        size = _round_up(sizes[name], 128)
-        if low + size <= room:
-            offsets[name], low = low, low + size
-        else:
-            offsets[name], high = high, high + size
-    return offsets | {"end": high}
 
 
 @dataclass(frozen=True)
@@ -106,7 +81,12 @@ class DecodePlan:
     @property
     def woven(self) -> bool:
         """The query lies between the entries of the lookup table."""
-        return bool(self.config["lookup"] == "woven" and self.lookup_bytes)
+        return self.query_gap > 0
+
+    @property
+    def query_gap(self) -> int:
+        """Where in a woven lookup table its first gap begins, and with it the query; 0: the query lies elsewhere."""
+        return self.lookup_stride // 2 if self.config["lookup"] == "woven" else 0
 
     @cached_property
     def slice_dims(self) -> int:
@@ -192,8 +172,7 @@ class DecodePlan:
         """Size of the pair table, a power of two; but where it is woven, it is aligned to a multiple of that."""
         return self.lookup_stride << (2 * self.config.problem.layout.format.key_bits)
 
-    shared_start = RESERVED_SHARED_BYTES
-    """Shared address of the first byte of dynamic shared memory."""
+    shared_start = SHARED_START
 
     @cached_property
     def query_bytes(self) -> int:
@@ -273,7 +252,7 @@ class DecodePlan:
     @cached_property
     def partial_row_floats(self) -> int:
         """A row of partial sums in global memory, in whole 16 bytes."""
-        return _round_up(self.total_dims, 4)
+        return round_up(self.total_dims, 4)
 
     @cached_property
     def merge_pitch(self) -> int:
@@ -317,54 +296,16 @@ class DecodePlan:
         return self.merge_stripes * self.stripe_bytes
 
     @cached_property
+    def queue_bytes(self) -> int:
+        return 16 if self.config["schedule"] != "grid" else 0
+
+    @cached_property
+    def regions(self) -> Regions:
+        return Regions(*(getattr(self, name) for name in Regions._fields))
+
+    @property
     def offsets(self) -> dict[str, int]:
-        """Start of each region. Staging and, right behind it, the query become the merge buffer once a span's tokens
-        are consumed.
-
-        The lookup table must lie at a multiple of its size, so stages and other regions go before and after it, in the
-        way that ends first: stages start at ``staging``, and where they are split, those from ``stages_before`` on at
-        ``staging_after``. A woven table may lie anywhere, and the query in its gaps: both come first.
-        """
-        sizes = {
-            "multiplier": self.multiplier_bytes,
-            "exchange": self.exchange_bytes,
-            "stats": self.stats_bytes,
-            "barriers": self.barrier_bytes,
-            "flag": 16,
-            "queue": 16 if self.config["schedule"] != "grid" else 0,
-        }
-        at = -self.shared_start % self.lookup_bytes if self.lookup_bytes and not self.woven else 0
-        best: dict[str, int] | None = None
-        while best is None or at + self.lookup_bytes < best["end"]:
-            fit = min(self.stage_count, at // max(self.stage_bytes, 1))
-            for before, query_before in itertools.product({0, max(fit - 1, 0), fit}, (False, True)):
-                layout = self._layout(sizes, at, before, query_before)
-                if layout and (best is None or layout["end"] < best["end"]):
-                    best = layout
-            if self.woven or self.lookup_bytes <= _SMALL_TABLE:
-                break
-            at += self.lookup_bytes
-        assert best is not None, "a layout with everything behind the table always exists"
-        return best
-
-    def _layout(self, sizes: dict[str, int], lookup: int, before: int, query_before: bool) -> dict[str, int] | None:
-        """Regions around a table at ``lookup``, with ``before`` stages and perhaps the query in front of it."""
-        after = lookup + self.lookup_bytes
-        stages = [before * self.stage_bytes, (self.stage_count - before) * self.stage_bytes]
-        runs = [_round_up(n + _OVERREAD, 128) if n else 0 for n in stages]
-        if self.woven:
-            query = lookup + self.lookup_stride // 2
-        else:
-            query = runs[0] if query_before else after + runs[1]
-            runs[0 if query_before else 1] += _round_up(self.query_bytes, 128)
-        behind = runs[1] >= runs[0]
-        runs[behind] = max(runs[behind], _round_up(self.merge_bytes, 128))
-        if runs[0] > lookup:
-            return None
-        merge = after if behind else 0
-        fixed = {"lookup": lookup, "staging": 0 if before else after, "query": query, "merge": merge}
-        stages_at = {"stages_before": before, "staging_after": after}
-        return _place(sizes, runs[0], lookup, after + runs[1]) | fixed | stages_at
+        return arrange(self.regions)
 
     @property
     def stages_split(self) -> bool:
