@@ -1,18 +1,16 @@
-"""Counts a space exactly without visiting its grid, which has millions of points.
-
-A constraint reads few axes, and which ones it reads depends only on the values it has read before. So it is a
-decision tree: each path from the root is one evaluation and decides a whole box of the grid, whose other axes are free.
-"""
+"""Counts a space exactly without visiting its grid, which has millions of points."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from tuner.space.core import Config, Constraint, Problem, Space, Value
+from tuner.space.core import Constraint, Problem, Space
+from tuner.space.tabulate import Grid
 from tuner.targets import Target
 
 
@@ -31,56 +29,30 @@ class Census:
 
 def census(space: Space, problem: Problem, target: Target) -> Census:
     """The counts of ``space`` for ``problem`` on ``target``."""
-    shape = tuple(len(axis.values) for axis in space.axes)
-    times_refused = np.zeros(shape, dtype=np.uint8)
-    masks = {}
-    for constraint in space.constraints:
-        mask = np.zeros(shape, dtype=bool)
-        for box in _refused_boxes(space, problem, target, constraint):
-            mask[box] = True
-        masks[constraint.name] = mask
-        times_refused += mask
-    once = times_refused == 1
+    grid = Grid(space, problem)
+    refused = {constraint.name: _refused(grid, constraint, target) for constraint in space.constraints}
+    allowed = {name: ~mask for name, mask in refused.items()}
     return Census(
         total=space.size,
-        alive=int((times_refused == 0).sum()),
-        refused={name: int(mask.sum()) for name, mask in masks.items()},
-        alone={name: int((mask & once).sum()) for name, mask in masks.items()},
+        alive=_count(space, *allowed.values()),
+        refused={name: _count(space, mask) for name, mask in refused.items()},
+        alone={name: _count(space, *(allowed | {name: mask}).values()) for name, mask in refused.items()},
     )
 
 
-class _Traced(Config):
-    """A configuration that remembers which axes were read, in the order of their first reading."""
-
-    def __init__(self, problem: Problem, params: tuple[tuple[str, Value], ...]) -> None:
-        super().__init__(problem, params)
-        object.__setattr__(self, "read", {})
-
-    read: dict[str, None]
-
-    def __getitem__(self, axis: str) -> Any:
-        self.read[axis] = None
-        return super().__getitem__(axis)
+def _refused(grid: Grid, constraint: Constraint, target: Target) -> npt.NDArray[np.bool_]:
+    """Where ``constraint`` refuses, a dimension per axis: of length 1 where the axis does not matter."""
+    answers = grid.answers(lambda config: bool(constraint.refuses(config, target)))
+    return np.array(answers.values)[answers.index]
 
 
-def _refused_boxes(
-    space: Space, problem: Problem, target: Target, constraint: Constraint
-) -> Iterator[tuple[int | slice, ...]]:
-    """Boxes that ``constraint`` refuses, as indices into the grid: depth first, one evaluation per path."""
-    counts = {axis.name: len(axis.values) for axis in space.axes}
-    path: dict[str, int] = {}
-    while True:
-        values = tuple((axis.name, axis.values[path.get(axis.name, 0)]) for axis in space.axes)
-        config = _Traced(problem, values)
-        refuses = constraint.refuses(config, target)
-        path = {name: path.get(name, 0) for name in config.read}
-        if refuses:
-            yield tuple(path[axis.name] if axis.name in path else slice(None) for axis in space.axes)
-        # The next path: advance the axis read last that has a value left, and forget what was read after it.
-        while path:
-            name, index = path.popitem()
-            if index + 1 < counts[name]:
-                path[name] = index + 1
-                break
-        if not path:
-            return
+def _count(space: Space, *masks: npt.NDArray[np.bool_]) -> int:
+    """Points at which all ``masks`` are true: the sum of their product, which needs no array of all axes at once."""
+    free = set(range(len(space.axes)))
+    operands: list[Any] = []
+    for mask in masks:
+        read = [n for n, size in enumerate(mask.shape) if size > 1]
+        free -= set(read)
+        operands += mask.astype(np.int64).squeeze(), read
+    summed = np.einsum(*operands, [], optimize="greedy") if masks else 1
+    return int(summed) * math.prod(len(space.axes[n].values) for n in free)

@@ -6,13 +6,14 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from tuner.errors import UsageError
 from tuner.formats import SlotLayout, check_head_dim, slot_layout
 from tuner.targets import Target
 
 Value = int | str
+T = TypeVar("T")
 OPS = ("decode", "dequant", "store")
 MAX_GQA = 16
 
@@ -53,6 +54,12 @@ class Config:
     def __getitem__(self, axis: str) -> Any:
         return self._by_name[axis]
 
+    def of(self, function: Callable[[Config], T]) -> T:
+        """What ``function`` says of this configuration. A constraint that asks here for what many configurations have
+        in common lets a census (``space.tabulate``) evaluate it once for all of them. ``function`` reads only its
+        argument and is known by its identity: it is not made anew at each call."""
+        return function(self)
+
     def with_(self, **changes: Value) -> Config:
         """A copy with some axes changed; an unknown axis raises KeyError."""
         unknown = changes.keys() - self._by_name.keys()
@@ -78,6 +85,22 @@ class Config:
 
     def describe(self) -> str:
         return " ".join(f"{n}={v}" for n, v in self.params)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A function of a configuration: several attributes of ``view(config)``. Each reads few axes, so a census finds
+    what they are together from what each of them is."""
+
+    view: Callable[[Config], Any]
+    attributes: tuple[str, ...]
+
+    def __call__(self, config: Config) -> tuple[Any, ...]:
+        view = self.view(config)
+        return tuple(getattr(view, name) for name in self.attributes)
+
+    def part(self, name: str) -> Callable[[Config], Any]:
+        return lambda config: getattr(self.view(config), name)
 
 
 @dataclass(frozen=True)

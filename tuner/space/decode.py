@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tuner.space.banks import token_pitch, word_reads
 from tuner.space.core import Axis, Config, Constraint, Problem, Space, Value
-from tuner.space.plan import DecodePlan
+from tuner.space.plan import DecodePlan, shared_bytes
 from tuner.targets import RESERVED_SHARED_BYTES, TARGETS, Target
 
 AXES = (
@@ -151,12 +151,12 @@ CONSTRAINTS = (
     Constraint(
         "shared_memory",
         "the CTA's shared memory exceeds what a block may have",
-        lambda c, t: DecodePlan(c).shared_bytes > t.shared_bytes_per_cta,
+        lambda c, t: c.of(shared_bytes) > t.shared_bytes_per_cta,
     ),
     Constraint(
         "shared_occupancy",
         "min_ctas CTAs exceed the SM's shared memory (1 KB per CTA is the system's)",
-        lambda c, t: (DecodePlan(c).shared_bytes + RESERVED_SHARED_BYTES) * c["min_ctas"] > t.shared_bytes_per_sm,
+        lambda c, t: (c.of(shared_bytes) + RESERVED_SHARED_BYTES) * c["min_ctas"] > t.shared_bytes_per_sm,
     ),
     Constraint(
         "registers",
