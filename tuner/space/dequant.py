@@ -135,10 +135,14 @@ def _registers_short(config: Config, target: Target) -> bool:
     return _register_estimate(config) * config["warps"] * 32 * config["min_ctas"] > target.registers
 
 
+def _shared_bytes(config: Config) -> int:
+    return shape(config).shared_bytes
+
+
 def _shared_short(config: Config, target: Target) -> bool:
     if _row_warps_missing(config, target):
         return False
-    needed = shape(config).shared_bytes
+    needed = config.of(_shared_bytes)
     per_sm = target.shared_bytes_per_sm // config["min_ctas"] - RESERVED_SHARED_BYTES
     return needed > min(target.shared_bytes_per_cta, per_sm)
 

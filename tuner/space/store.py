@@ -124,9 +124,13 @@ def _registers_short(config: Config, target: Target) -> bool:
     return _register_estimate(config) > available
 
 
+def _shared_bytes(config: Config) -> int:
+    return shape(config).shared_bytes
+
+
 def _shared_short(config: Config, target: Target) -> bool:
     per_sm = target.shared_bytes_per_sm // config["min_ctas"] - RESERVED_SHARED_BYTES
-    return shape(config).shared_bytes > min(target.shared_bytes_per_cta, per_sm)
+    return config.of(_shared_bytes) > min(target.shared_bytes_per_cta, per_sm)
 
 
 def _no_rotation(config: Config) -> bool:
