@@ -11,8 +11,8 @@ import pytest
 from tuner.formats import FORMATS
 from tuner.search.constraints import space_for
 from tuner.space import Axis, Config, Constraint, Problem, Space, default_config, get_space
-from tuner.space.census import Census, census
-from tuner.space.core import Joint
+from tuner.space.census import Census, census, points_left
+from tuner.space.core import Joint, Value
 from tuner.targets import Target, get_target
 
 TARGET = get_target("sm_121")
@@ -46,6 +46,8 @@ def test_counts_what_a_walk_counts(op: str, name: str) -> None:
         small = small.restricted({axis.name: tuple(kept)})
     counted = census(small, problem, TARGET)
     assert counted == walk(small, problem) and counted.alive and any(counted.alone.values())
+    left = [v for v in small if not small.refusals(small.config(problem, v), TARGET)]
+    assert list(points_left(small, problem, TARGET)) == left
 
 
 def doubled(config: Config) -> int:
@@ -95,6 +97,13 @@ def test_whatever_a_constraint_reads_is_seen(refuses: Callable[[Config], bool]) 
     space = replace(get_space("dequant"), axes=AXES, constraints=constraints)
     for some in (space, space.restricted({"b": ("y",)}), space.restricted({"a": (2, 3), "c": (1,)})):
         assert census(some, PROBLEM, TARGET) == walk(some, PROBLEM)
+
+
+@pytest.mark.parametrize("restrict", [{}, {"c": (1,)}])
+def test_without_constraints_all_points_are_left(restrict: dict[str, tuple[Value, ...]]) -> None:
+    space = replace(get_space("dequant"), axes=AXES, constraints=()).restricted(restrict)
+    assert census(space, PROBLEM, TARGET) == Census(space.size, space.size, {}, {})
+    assert list(points_left(space, PROBLEM, TARGET)) == list(space)
 
 
 def test_an_axis_that_is_not_there_is_a_mistake() -> None:

@@ -13,6 +13,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from tuner.space.census import points_left
 from tuner.space.core import Config, Problem, Space, Value
 from tuner.targets import Target
 
@@ -146,5 +147,6 @@ class FeasibleSampler(BaseSampler):
         """A feasible point not tried yet, by looking at all of them; None where there is none or too many to look."""
         if self._allowed.size > _ENUMERABLE:
             return None
-        rest = [v for v in self._allowed if params_of(self._space, v) not in seen and not self._refusals(v)]
+        left = points_left(self._allowed, self._problem, self._target)
+        rest = [v for v in left if params_of(self._space, v) not in seen]
         return self._random.choice(rest) if rest else None

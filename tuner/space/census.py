@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tuner.space.core import Constraint, Problem, Space
+from tuner.space.core import Constraint, Problem, Space, Value
 from tuner.space.tabulate import Grid
 from tuner.targets import Target
 
@@ -38,6 +39,16 @@ def census(space: Space, problem: Problem, target: Target) -> Census:
         refused={name: _count(space, mask) for name, mask in refused.items()},
         alone={name: _count(space, *(allowed | {name: mask}).values()) for name, mask in refused.items()},
     )
+
+
+def points_left(space: Space, problem: Problem, target: Target) -> Iterator[dict[str, Value]]:
+    """The points that nothing refuses, in the order of ``space``, whose whole grid this marks."""
+    grid = Grid(space, problem)
+    left = np.ones([len(axis.values) for axis in space.axes], dtype=np.bool_)
+    for constraint in space.constraints:
+        left &= ~_refused(grid, constraint, target)
+    for point in np.argwhere(left).tolist():
+        yield {axis.name: axis.values[n] for axis, n in zip(space.axes, point, strict=True)}
 
 
 def _refused(grid: Grid, constraint: Constraint, target: Target) -> npt.NDArray[np.bool_]:
