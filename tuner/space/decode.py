@@ -232,6 +232,9 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         bulk |= {"load": "bulk_rows", "head_warps": max(parts, default=kv_heads)}
     alone: dict[str, Value] = {"load": "cp_async", "tokens": 16, "dim_warps": dims}
     sliced = alone | {"warps": 8, "dim_warps": 2 * dims}
+    # What 99 KB of shared memory hold.
+    lookups = ((3, "table"), (2, "prmt"), (2, "shuffle"), (1, "shuffle")) if codebook else ((4, "table"), (2, "table"))
+    small = [alone | {"warps": 8, "stages": stages, "lookup": lookup} for stages, lookup in lookups]
     # Two tiles of query heads leave registers for whole rows where the query's halves meet in one sum.
     query = "paired" if problem.gqa <= 4 else "joined" if problem.gqa > 8 else "shared"
     lean: dict[str, Value] = {"tail": "apart", "query": query}
@@ -275,6 +278,7 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         bulk | {"warps": 8, "stages": 3, "lookup": replicated},
         bulk | {"warps": 8, "lookup": replicated, "min_ctas": 2},
         alone | {"warps": 4, "stages": 4},
+        *(few | lean | {"head_warps": heads} for few in small for heads in (4, 2, 1) if kv_heads % heads == 0),
     )
     known = [_config(problem, **w) for w in wanted if all(v in allowed[n] for n, v in w.items())]
     return tuple(dict.fromkeys(_best_words(c, kv_heads) if c["tail"] == "apart" else c for c in known))
