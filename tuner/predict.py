@@ -74,7 +74,7 @@ def _quotas(config: Config, bucket: Bucket, splits: int) -> tuple[list[tuple[int
         return _cut(groups, [_piece(g, splits, least) for g in groups])
     quota = max(-(-sum(groups) // splits), least)
     pieces = splits // bucket.batch
-    if config["schedule"] == "share":
+    if plan.shares:
         lengths = ((-(-quota // least) + k) * least for k in range(plan.beginning_steps + 1))
         length = next((n for n in lengths if sum(-(-g // n) for g in groups) <= splits), None)
         if length is not None:

@@ -25,7 +25,11 @@ AXES = (
         ("last", "kernel", "tree", "cluster2", "cluster4", "cluster8"),
         "who adds up splits: the last CTA, a second kernel, branches, or first clusters of CTAs in shared memory",
     ),
-    Axis("schedule", ("grid", "stream", "share"), "splits per request, or a persistent grid: equal quotas, or pieces"),
+    Axis(
+        "schedule",
+        ("grid", "stream", "share", "deal"),
+        "splits per request, or a persistent grid: equal quotas, or pieces, which one warp deals out",
+    ),
     Axis("words", ("strided", "adjacent"), "which of a row's words a lane unpacks: every fourth, or a run", "strided"),
     Axis("tail", ("masked", "apart"), "tokens past the end: masked in every step, or in a last one apart", "masked"),
 )
@@ -238,16 +242,17 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     # Two tiles of query heads leave registers for whole rows where the query's halves meet in one sum.
     query = "paired" if problem.gqa <= 4 else "joined" if problem.gqa > 8 else "shared"
     lean: dict[str, Value] = {"tail": "apart", "query": query}
-    whole = bulk | lean | {"tokens": 32, "dim_warps": 1 if problem.layout.block_d <= 256 else dims}
+    dealt = bulk | lean | {"schedule": "deal"}
+    whole = dealt | {"tokens": 32, "dim_warps": 1 if problem.layout.block_d <= 256 else dims}
     wanted = (
         whole | {"warps": 16, "lookup": woven},
         whole | {"warps": 8, "lookup": woven},
-        bulk | lean | {"warps": 8, "tokens": 32, "lookup": spread},
+        dealt | {"warps": 8, "tokens": 32, "lookup": spread},
         bulk | {"warps": 16, "tokens": 32, "lookup": replicated},
         bulk | {"warps": 8, "tokens": 32, "lookup": spread},
         alone | lean | {"warps": 8, "lookup": spread},
         alone | {"warps": 8, "lookup": spread, "query": query},
-        bulk | lean | {"warps": 8, "lookup": spread},
+        dealt | {"warps": 8, "lookup": spread},
         whole | {"warps": 8, "lookup": woven, "reduction": "tree"},
         sliced | lean | {"lookup": spread, "reduction": "tree"},
         sliced | {"lookup": spread, "reduction": "tree"},
@@ -258,11 +263,11 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         alone | lean | {"warps": 8, "lookup": spread, "reduction": "cluster8"},
         alone | {"warps": 8, "lookup": spread},
         sliced | {"lookup": spread},
-        bulk | lean | {"warps": 16, "lookup": woven},
+        dealt | {"warps": 16, "lookup": woven},
         whole | {"warps": 16, "lookup": woven, "schedule": "stream"},
         whole | {"warps": 8, "lookup": woven, "schedule": "stream"},
         alone | lean | {"warps": 8, "stages": 4, "lookup": spread, "reduction": "tree"},
-        alone | lean | {"warps": 4, "lookup": replicated, "stages": 4, "min_ctas": 2, "schedule": "share"},
+        alone | lean | {"warps": 4, "lookup": replicated, "stages": 4, "min_ctas": 2, "schedule": "deal"},
         alone | lean | {"warps": 16, "dim_warps": 4 * dims, "reduction": "tree"},
         bulk | {"warps": 8, "tokens": 32, "lookup": spread, "reduction": "tree"},
         alone | {"warps": 8, "stages": 4, "lookup": spread, "reduction": "tree"},
@@ -272,7 +277,7 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         sliced | {"stages": 4, "lookup": spread, "reduction": "tree"},
         sliced | {"stages": 4, "lookup": spread, "reduction": "cluster4"},
         sliced | {"tokens": 32, "lookup": spread, "reduction": "tree"},
-        bulk | lean | {"warps": 8, "lookup": woven},
+        dealt | {"warps": 8, "lookup": woven},
         alone | {"warps": 16, "lookup": spread},
         bulk | {"warps": 8, "dim_warps": 2 * dims, "lookup": spread},
         bulk | {"warps": 8, "stages": 3, "lookup": replicated},

@@ -79,6 +79,16 @@ class DecodePlan:
         return bool(self.config["tail"] == "apart")
 
     @property
+    def shares(self) -> bool:
+        """A persistent grid, whose CTAs take pieces of requests."""
+        return self.config["schedule"] in ("share", "deal")
+
+    @property
+    def dealt(self) -> bool:
+        """One warp finds the CTA's piece, and what has no tokens is seen to last."""
+        return bool(self.config["schedule"] == "deal")
+
+    @property
     def woven(self) -> bool:
         """The query lies between the entries of the lookup table."""
         return self.query_gap > 0
@@ -297,7 +307,7 @@ class DecodePlan:
 
     @cached_property
     def queue_bytes(self) -> int:
-        return 16 if self.config["schedule"] != "grid" else 0
+        return 0 if self.config["schedule"] == "grid" else 32 if self.dealt else 16
 
     @cached_property
     def regions(self) -> Regions:
