@@ -19,6 +19,12 @@ STORES: tuple[dict[str, int | str], ...] = (
     *({"store": "staged", "store_bytes": n} for n in (4, 8, 16)),
 )
 """Ways to write, with the widths that they have."""
+RUN_STORES: tuple[dict[str, int | str], ...] = (
+    {"store": "run"},
+    {"store": "ahead"},
+    {"store": "ahead", "sides": "copied"},
+)
+"""Ways to write slots that lie side by side as one."""
 JOINT = [f for f in FORMATS if not FORMATS[f].separate_planes]
 """Formats whose key and value share a slot."""
 

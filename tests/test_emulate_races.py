@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import emulated
@@ -202,13 +203,38 @@ def test_dequant_has_no_races(root):
     assert key.any() and value.any()
 
 
-def test_store_has_no_races(root):
-    problem = Problem("store", 128, 1, FORMAT)
-    case = store_case(problem, 37)
+AHEAD = default_config(Problem("store", 128, 1, FORMAT)).with_(store="ahead", passes=2)
+COPIED = AHEAD.with_(sides="copied", rows=2, chunks=2, transform="tensor", search="packed")
+
+
+@pytest.mark.parametrize("adjacent", [False, True])
+@pytest.mark.parametrize(
+    "config", [AHEAD.with_(store="staged", store_bytes=16), AHEAD, COPIED], ids=["staged", "ahead", "copied"]
+)
+def test_store_has_no_races(root, config, adjacent):
+    case = store_case(config.problem, 37, kv_heads=4)
+    if adjacent:
+        case = replace(case, slot_mapping=torch.arange(3, 40, dtype=torch.int32))
     cache = case.before.clone()
-    config = default_config(problem).with_(store="staged", store_bytes=16)
     emulate_store(config, cache, case, seed=1, concurrent_ctas=2, races=True, root=root)
     assert (cache != case.before).any()
+
+
+@pytest.mark.parametrize(
+    "barrier",
+    [
+        r"cp_async_wait<2 \* ROWS - 1>\(\);(?=  // the oldest)",
+        r"sync_warp\(\);(?=\n#pragma unroll\n.*SIZE / UNIT)",
+        r"sync_warp\(\);(?=  // the next rows reuse the buffer)",
+    ],
+)
+def test_a_store_without_one_of_its_barriers_races(root, monkeypatch, barrier):
+    mutant, count = re.subn(barrier, "", render(COPIED).text)
+    assert count == 1
+    monkeypatch.setattr(emulated, "render", lambda _: SimpleNamespace(text=mutant))
+    case = replace(store_case(COPIED.problem, 37, kv_heads=4), slot_mapping=torch.arange(3, 40, dtype=torch.int32))
+    with pytest.raises(EmulationError, match="data race in shared memory"):
+        emulate_store(COPIED, case.before.clone(), case, seed=1, races=True, root=root)
 
 
 MUTATIONS = [

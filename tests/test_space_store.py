@@ -11,7 +11,7 @@ from tuner.errors import UsageError
 from tuner.formats import FORMATS, HEAD_DIMS
 from tuner.geometry import entry_points, store_geometry
 from tuner.space import Config, Problem, default_config, get_space, seed_config
-from tuner.space.store import CHUNK, shape
+from tuner.space.store import CHUNK, RUNS, shape
 from tuner.targets import ARCHS, get_target
 
 SPACE = get_space("store")
@@ -65,6 +65,8 @@ def test_leads_are_distinct_and_allowed(problem: Problem) -> None:
         ("direct_width", {"store_bytes": 8}),
         ("no_run", {"store": "run", "sides": "turns"}),
         ("no_run", {"store": "run", "sides": "together", "format_name": "turboquant_seed"}),
+        ("slots_ahead", {"store": "ahead", "sides": "together", "chunks": 2, "passes": 8, "rows": 2}),
+        ("copies_ahead", {"store": "run", "sides": "copied"}),
         ("passes_together", {"passes": 2, "sides": "turns"}),
         ("occupancy", {"warps": 16, "min_ctas": 4}),
         ("registers", {"warps": 8, "min_ctas": 6, "rows": 8, "sides": "together"}),
@@ -105,9 +107,12 @@ def test_shape_covers_a_row_exactly_and_keeps_rows_apart() -> None:
         assert s.lanes * CHUNK * candidate["chunks"] == layout.block_d == layout.head_dim
         assert s.lanes * s.rows_per_pass == 32
         assert s.warp_bytes % 16 == 0 and s.shared_bytes == candidate["warps"] * s.warp_bytes
-        if candidate["store"] == "run":
+        assert bool(s.copied_bytes) == (candidate["sides"] == "copied")
+        if candidate["store"] in RUNS:
             assert s.joint and s.row_bytes == layout.content_bytes
-            assert s.row_bytes * s.rows_per_pass + max(15, candidate["store_bytes"] + 4) <= s.warp_bytes
+            assert (
+                s.row_bytes * s.rows_per_pass + max(15, candidate["store_bytes"] + 4) <= s.warp_bytes - s.copied_bytes
+            )
         if candidate["store"] == "staged":
             assert (s.lead_bytes + layout.key.indices_offset) % 4 == 0
             assert s.joint == (candidate["sides"] == "together" and not layout.format.separate_planes)

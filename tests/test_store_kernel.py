@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from emulated import emulate_store, needs_gxx
-from store_emulated import JOINT, STORES, check, compiled, problem_config, small_case, twin
+from store_emulated import JOINT, RUN_STORES, STORES, check, compiled, problem_config, small_case, twin
 
 import tuner
 from tuner.arguments import store_params
@@ -20,6 +20,7 @@ from tuner.formats import FORMATS, HEAD_DIMS
 from tuner.reference import Codec, make_cache, midpoints, store
 from tuner.render import render
 from tuner.space import Config, Problem, default_config, get_space, seed_config
+from tuner.space.store import RUNS
 from tuner.targets import get_target
 
 TARGET = get_target("sm_90")
@@ -42,8 +43,12 @@ def covering_configs(format_name: str, head_dim: int) -> list[Config]:
                 values |= {"search": "select"}
             if not fmt.key_codebook or fmt.has_signs:
                 values |= {"transform": "shuffle"}
-            if values["sides"] != "together" or fmt.separate_planes:
-                values |= {"passes": 1, "store": "staged" if values["store"] == "run" else values["store"]}
+            if fmt.separate_planes and values["sides"] == "copied":
+                values |= {"sides": "together"}
+            if values["sides"] == "copied":
+                values |= {"store": "ahead"}
+            elif values["sides"] != "together" or fmt.separate_planes:
+                values |= {"passes": 1, "store": "staged" if values["store"] in RUNS else values["store"]}
             config = SPACE.config(problem, values)
             if SPACE.refusals(config, TARGET):
                 continue
@@ -85,7 +90,7 @@ def test_rotation_by_products(format_name: str, head_dim: int) -> None:
         for chunks, how in ((2, STORES[0]), (2, STORES[2]), (4, STORES[3]))
         if head_dim // (8 * chunks) in (8, 16, 32)
     ]
-    configs.append(configs[0].with_(search="packed", store="run", store_bytes=16, passes=2))
+    configs += [configs[0].with_(search="packed", store_bytes=16, passes=2, **how) for how in RUN_STORES]
     compiled(*configs)
     for i, config in enumerate(configs):
         for dtype in (torch.bfloat16, torch.float16):
@@ -102,7 +107,7 @@ def test_rotation_by_quads(format_name: str, head_dim: int) -> None:
         problem_config(format_name, head_dim, transform="quads", chunks=n, search=search, **STORES[i % 4])
         for i, (n, search) in enumerate((n, s) for n in chunks for s in ("cells", "packed"))
     ]
-    configs.append(configs[-1].with_(store="run", store_bytes=16, passes=2))
+    configs += [configs[-1].with_(store_bytes=16, passes=2, **how) for how in RUN_STORES]
     compiled(*configs)
     for i, config in enumerate(configs):
         for dtype in (torch.bfloat16, torch.float16):
@@ -209,7 +214,11 @@ def test_no_cell_holds_two_midpoints_of_the_formats(bits: int, head_dim: int) ->
 @pytest.mark.parametrize("transform", ["shuffle", "tensor", "quads"])
 @pytest.mark.parametrize(
     ("search", "write"),
-    [("select", {}), ("cells", {"store": "staged"}), ("packed", {"store": "run", "passes": 2})],
+    [
+        ("select", {}),
+        ("cells", {"store": "staged"}),
+        *(("packed", how | {"passes": 2}) for how in RUN_STORES),
+    ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_rows_with_nan_or_infinity_harm_no_other(search: str, write: dict[str, int | str], transform: str) -> None:
@@ -298,8 +307,8 @@ def test_default_and_seed_layouts_do_not_spill(arch: str) -> None:
     problems = [Problem("store", 128, 1, f) for f in FORMATS]
     problems += [Problem("store", 512, 1, f) for f in ("turboquant_4bit_nc", "turboquant_seed")]
     products = problem_config("turboquant_4bit_nc", 128, transform="tensor", chunks=2, search="cells", **STORES[2])
-    chunks = [lead for f in JOINT for lead in SPACE.leads(Problem("store", 128, 1, f), 8) if lead["store"] == "run"]
-    assert len(chunks) >= len(JOINT)
+    chunks = [lead for f in JOINT for lead in SPACE.leads(Problem("store", 128, 1, f), 8) if lead["store"] in RUNS]
+    assert len(chunks) >= 2 * len(JOINT)
     configs = [default_config(p) for p in problems] + [seed_config(problems[1]), products, *chunks]
     results = build([render(c) for c in configs], [arch])
     assert len(results) == len(configs)

@@ -11,14 +11,16 @@ import pytest
 import torch
 from emulated import emulate_store, needs_gxx
 from odd_caches import restride
-from store_emulated import JOINT, STORES, check, compiled, problem_config, small_case, twin
+from store_emulated import JOINT, RUN_STORES, STORES, check, compiled, problem_config, small_case, twin
 
 from tuner import emulate, geometry
 from tuner.arguments import store_params
 from tuner.formats import FORMATS, HEAD_DIMS
 from tuner.reference import make_cache, store
 from tuner.render import render
+from tuner.space import Problem, get_space
 
+SPACE = get_space("store")
 ODD_PLACES = (
     {"base": 1, "head_gap": 1},
     {"base": 3, "head_gap": 0, "token_gap": 3, "block_gap": 5},
@@ -44,10 +46,9 @@ def test_odd_bases_and_strides(format_name: str) -> None:
 def test_runs_of_slots(format_name: str, head_dim: int) -> None:
     """Adjacent slots at even and odd addresses, with gaps, and some without a slot."""
     narrow = 2 if head_dim == 512 else 1
-    configs = [
-        problem_config(format_name, head_dim, store="run", store_bytes=n, chunks=chunks)
-        for n, chunks in ((4, narrow), (8, 2), (16, 4 if head_dim > 64 else 2))
-    ]
+    widest = 16, 4 if head_dim > 64 else 2
+    ways = zip(((4, narrow), (8, 2), widest, widest, (8, 2)), (*3 * RUN_STORES[:1], *RUN_STORES[1:]), strict=True)
+    configs = [problem_config(format_name, head_dim, store_bytes=n, chunks=chunks, **how) for (n, chunks), how in ways]
     compiled(*configs)
     case = small_case(format_name, head_dim, tokens=11, kv_heads=4)
     slot = case.before.shape[-1]
@@ -68,10 +69,31 @@ def test_runs_of_slots(format_name: str, head_dim: int) -> None:
 
 
 @needs_gxx
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("format_name", JOINT)
+def test_however_rows_come_and_slots_are_found_the_bytes_are_the_same(format_name: str, head_dim: int) -> None:
+    first = SPACE.leads(Problem("store", head_dim, 1, format_name), 8)[0].with_(
+        store="run", sides="together", rows=1, passes=2, min_ctas=1
+    )
+    configs = [first, *(first.with_(**how) for how in RUN_STORES[1:])]
+    configs.append(configs[-1].with_(rows=2, passes=1, warps=1))
+    compiled(*configs)
+    for dtype, gap in ((torch.bfloat16, 0), (torch.float16, 1)):
+        case = small_case(format_name, head_dim, tokens=21, kv_heads=4, dtype=dtype, gap=gap)
+        for slots in (case.slot_mapping, torch.arange(2, 23, dtype=torch.int64)):
+            written = [twin(case.before) for _ in configs]
+            for config, cache in zip(configs, written, strict=True):
+                emulate_store(config, cache, replace(case, slot_mapping=slots))
+            assert (written[0] != case.before).any()
+            assert all(torch.equal(cache, written[0]) for cache in written[1:])
+
+
+@needs_gxx
+@pytest.mark.parametrize("how", RUN_STORES, ids=lambda how: " ".join(map(str, how.values())))
 @pytest.mark.parametrize("slots", ["adjacent", "apart"])
-def test_adjacent_slots_do_leave_as_one(slots: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adjacent_slots_do_leave_as_one(slots: str, how: dict[str, int | str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the copy of a run is taken out of the kernel, adjacent slots are missing, and no others."""
-    config = problem_config("turboquant_4bit_nc", 128, store="run", store_bytes=16, chunks=2)
+    config = problem_config("turboquant_4bit_nc", 128, store_bytes=16, chunks=2, **how)
     mutant, count = re.subn(r"if \(run\.whole\) run\.copy\(.*\);", "if (run.whole) ;", render(config).text)
     assert count == 1
     monkeypatch.setattr(emulated, "render", lambda _: SimpleNamespace(text=mutant))
@@ -87,14 +109,19 @@ def test_adjacent_slots_do_leave_as_one(slots: str, monkeypatch: pytest.MonkeyPa
 
 @needs_gxx
 @pytest.mark.parametrize(("rows", "passes"), [(1, 2), (2, 2), (1, 4)])
-@pytest.mark.parametrize("format_name", ["turboquant_k8v4", "turboquant_3bit_nc", "turboquant_seed"])
-def test_warps_that_load_again(format_name: str, rows: int, passes: int) -> None:
+@pytest.mark.parametrize(
+    ("format_name", "how"),
+    [
+        ("turboquant_seed", STORES[1]),
+        *((f, how) for f in ("turboquant_k8v4", "turboquant_3bit_nc") for how in RUN_STORES),
+    ],
+    ids=lambda v: v if isinstance(v, str) else " ".join(map(str, v.values())),
+)
+def test_warps_that_load_again(format_name: str, how: dict[str, int | str], rows: int, passes: int) -> None:
     """Numbers of rows that end within a pass, between two and after one; tokens without a slot; grids of any size."""
     joint, coded = not FORMATS[format_name].separate_planes, FORMATS[format_name].key_codebook
     values = {"transform": "quads", "search": "packed"} if joint and coded else {}
-    config = problem_config(
-        format_name, 128, passes=passes, rows=rows, warps=1, chunks=2, store="run" if joint else "staged", **values
-    )
+    config = problem_config(format_name, 128, passes=passes, rows=rows, warps=1, chunks=2, **values, **how)
     for tokens, kv_heads in ((1, 1), (8, 1), (11, 3), (9, 8)):
         check(config, small_case(format_name, 128, tokens=tokens, kv_heads=kv_heads), seed=tokens)
 

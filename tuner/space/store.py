@@ -13,8 +13,9 @@ AXES = (
     Axis("chunks", (1, 2, 4), "groups of 8 channels that a lane holds of a row; more of them put more rows on a warp"),
     Axis(
         "sides",
-        ("together", "turns", "apart"),
-        "a warp loads a token's key and value together, or one after the other, or different warps take them",
+        ("together", "turns", "apart", "copied"),
+        "a warp loads a token's key and value together, or one after the other, or different warps take them, or a warp"
+        " copies both to shared memory ahead, which takes no registers",
     ),
     Axis("order", ("heads", "tokens"), "what runs fastest over a warp's rows"),
     Axis(
@@ -31,9 +32,9 @@ AXES = (
     ),
     Axis(
         "store",
-        ("direct", "staged", "run"),
+        ("direct", "staged", "run", "ahead"),
         "lanes write their own bytes, or rows are put together in shared memory first and leave one by one, or adjacent"
-        " slots as one",
+        " slots as one, which each pass looks up or, before the first, one lane each",
     ),
     Axis("store_bytes", (4, 8, 16), "widest single store"),
     Axis(
@@ -46,6 +47,10 @@ AXES = (
 
 CHUNK = 8
 """Channels of a group: one load of 16 bytes, and whole bytes at every width that indices have."""
+RUNS = ("run", "ahead")
+"""Ways to write that put a pass's slots together as one."""
+TOGETHER = ("together", "copied")
+"""Ways in which a warp holds a token's key and value at the same time."""
 _MIN_LANES = 4  # lanes that share out the words of 3-bit indices
 
 
@@ -58,7 +63,8 @@ class Shape:
     of these every row takes ``row_bytes``: ``gather_bytes`` of input, where outliers are picked out of it, then the row
     to be written as it arrives in memory but for ``lead_bytes`` before it that bring the indices to a word's boundary.
     ``joint``: a pair's key and value are put together there and written as one, the whole slot. Where slots leave as a
-    run, ``row_bytes`` is the slot alone, and what a warp has beyond its rows lies around the run.
+    run, ``row_bytes`` is the slot alone, and what a warp has beyond its rows lies around the run. The last
+    ``copied_bytes`` of a warp are where inputs arrive that are copied ahead.
     """
 
     lanes: int
@@ -68,6 +74,7 @@ class Shape:
     gather_bytes: int
     lead_bytes: int
     row_bytes: int
+    copied_bytes: int
     warp_bytes: int
     shared_bytes: int
     joint: bool
@@ -81,10 +88,10 @@ def shape(config: Config) -> Shape:
     row_warps = warps // (2 if config["sides"] == "apart" else 1)
     gather = 2 * layout.head_dim if layout.outliers else 0
     lead = -layout.key.indices_offset % 4
-    joint = config["store"] != "direct" and config["sides"] == "together" and not layout.format.separate_planes
+    joint = config["store"] != "direct" and config["sides"] in TOGETHER and not layout.format.separate_planes
     # A unit at a row's end is put together from words that begin up to one unit beyond it.
     slack = config["store_bytes"] + 4
-    if config["store"] == "run":
+    if config["store"] in RUNS:
         # As in memory, without gaps; the whole begins up to 15 bytes later.
         lead, row = 0, layout.content_bytes
         whole = -(-(row * rows_per_pass + max(slack, 16)) // 16) * 16
@@ -92,6 +99,8 @@ def shape(config: Config) -> Shape:
         size = lead + (layout.content_bytes if joint else max(layout.key.size, layout.value.size)) + slack
         row = gather + (-(-size // 16) * 16 if config["store"] == "staged" else 0)
         whole = row * rows_per_pass
+    copied = 2 * 512 * config["chunks"] * config["rows"] if config["sides"] == "copied" else 0
+    whole += copied
     return Shape(
         lanes=lanes,
         rows_per_pass=rows_per_pass,
@@ -100,6 +109,7 @@ def shape(config: Config) -> Shape:
         gather_bytes=gather,
         lead_bytes=lead,
         row_bytes=row,
+        copied_bytes=copied,
         warp_bytes=whole,
         shared_bytes=whole * warps,
         joint=joint,
@@ -109,11 +119,12 @@ def shape(config: Config) -> Shape:
 def _register_estimate(config: Config) -> int:
     """Registers that the rows in flight and one row at work need at least."""
     fmt, held = config.problem.layout.format, CHUNK * config["chunks"]
-    flying = config["rows"] * (2 if config["sides"] == "together" else 1) * held // 2
+    copied = config["sides"] == "copied"  # then registers hold the one row at work
+    flying = (1 if copied else config["rows"] * (2 if config["sides"] == "together" else 1)) * held // 2
     outliers = held if config.problem.layout.outliers else 0
     constants = (held if fmt.has_signs else 0) + outliers
     thresholds = (1 << fmt.key_bits) - 1 if fmt.key_codebook and config["search"] not in ("cells", "packed") else 0
-    pairs = config["rows"] * (3 if config["passes"] == 1 else 6)
+    pairs = 3 if copied else config["rows"] * (3 if config["passes"] == 1 else 6)
     # Without a rotation channels are unpacked as they are coded, out of the registers that they were loaded to.
     work = held if fmt.key_codebook else held // 2
     return 20 + flying + pairs + work + constants + thresholds
@@ -181,12 +192,22 @@ CONSTRAINTS = (
     Constraint(
         "no_run",
         "slots make a run where a warp puts both rows together, and a whole number of 16-bit units each",
-        lambda c, _: c["store"] == "run" and not (shape(c).joint and c.problem.layout.content_bytes % 2 == 0),
+        lambda c, _: c["store"] in RUNS and not (shape(c).joint and c.problem.layout.content_bytes % 2 == 0),
+    ),
+    Constraint(
+        "slots_ahead",
+        "a lane looks up one slot: those of rows x passes are 32 at most",
+        lambda c, _: c["store"] == "ahead" and c["rows"] * shape(c).rows_per_pass * c["passes"] > 32,
+    ),
+    Constraint(
+        "copies_ahead",
+        "rows that are copied ahead find their slots looked up ahead",
+        lambda c, _: c["sides"] == "copied" and c["store"] != "ahead",
     ),
     Constraint(
         "passes_together",
         "only a warp that holds a token's key and value together loads again: others need the registers in turn",
-        lambda c, _: c["passes"] > 1 and c["sides"] != "together",
+        lambda c, _: c["passes"] > 1 and c["sides"] not in TOGETHER,
     ),
     Constraint(
         "occupancy",
