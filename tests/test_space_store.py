@@ -46,7 +46,7 @@ def test_leads_are_distinct_and_allowed(problem: Problem) -> None:
     for lead in leads:
         assert SPACE.validate(lead) == lead
         assert refusals(lead, "sm_90") == set(), lead.describe()
-    runs = {"run"} if not problem.layout.format.separate_planes else set()
+    runs = set(RUNS) if not problem.layout.format.separate_planes else set()
     assert {c["store"] for c in leads} == {"direct", "staged"} | runs
     assert {c["sides"] for c in leads} >= {"together", "apart"}
 

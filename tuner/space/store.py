@@ -261,7 +261,17 @@ def _leads(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     run: dict[str, Value] = {"search": search, "store": "run", "store_bytes": 16}
     if layout.format.key_codebook:
         run |= {"search": "packed", "transform": "quads"}
+    # Rows that are copied ahead leave registers for more warps, and fewer tokens want fewer passes of each.
+    ahead = run | {"store": "ahead", "sides": "copied"}
+    copied = [
+        _config(problem, chunks=widest, rows=r, passes=n, min_ctas=m, **ahead)
+        for r, n, m in ((2, 2, 4), (1, 4, 4), (1, 3, 6), (1, 2, 6))
+    ]
+    if wide == 2:
+        copied.append(_config(problem, chunks=wide, passes=4, min_ctas=8, **ahead | {"transform": "tensor"}))
     runs = [
+        *(c for c in copied if not _no_rotation(c) and not _product_shape(c)),
+        _config(problem, chunks=widest, passes=4, min_ctas=4, **run | {"store": "ahead"}),
         _config(problem, chunks=widest, passes=4, min_ctas=4, **run),
         _config(problem, chunks=widest, passes=2, min_ctas=4, **run),
         _config(problem, chunks=widest, min_ctas=5, **run),
