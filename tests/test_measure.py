@@ -199,6 +199,23 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 @pytest.mark.gpu
+def test_a_call_is_not_timed_with_what_the_flush_would_have_to_write_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from tuner.measure.timer import Timer
+
+    timer = Timer()
+    rows, total = torch.zeros(16 << 20, device="cuda"), torch.empty((), device="cuda")
+    read = timer.capture(lambda: torch.sum(rows, dim=0, out=total))
+    clean = timer.short(read).median_us
+    lines = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    monkeypatch.setattr(timer, "flush", lines.zero_)
+    dirty = timer.short(read).median_us
+    print(f"64 MiB read after a flush by reading in {clean:.1f} us, after one by writing in {dirty:.1f} us")
+    assert clean < 1.02 * dirty
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("level", ["quick", "full"])
 def test_a_good_kernel_passes(measurer: Measurer, good: Built, level: str) -> None:
     result = measurer.check(CONFIG, good.cubin, level=level)

@@ -41,9 +41,19 @@ class Timer:
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties()
-        self._flush = torch.empty(max(_MIN_FLUSH_BYTES, 2 * properties.L2_cache_size), dtype=torch.uint8, device="cuda")
+        size = max(_MIN_FLUSH_BYTES, 2 * properties.L2_cache_size)
+        self._cold = torch.zeros(size // 4, dtype=torch.float32, device="cuda")
+        self._sum = torch.empty((), dtype=torch.float32, device="cuda")
         self.clock = Clock(f"GPU-{properties.uuid}")
         self._side = torch.cuda.Stream()
+
+    def flush(self) -> None:
+        """Fills the L2 cache with what no call wants.
+
+        By reading: lines that were written would have to go to memory once a call needs their place, up to a cache of
+        them, and the call would be timed with it.
+        """
+        torch.sum(self._cold, dim=0, out=self._sum)
 
     def capture(self, call: Callable[[], object]) -> Replay:
         """A graph of one ``call``, which runs once before: what it allocates or compiles, it does then."""
@@ -114,7 +124,7 @@ class Timer:
         """Microseconds of each replay, the L2 flushed before each; one wait at the end."""
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in replays]
         for replay, (start, end) in zip(replays, events, strict=True):
-            self._flush.zero_()
+            self.flush()
             start.record()
             replay()
             end.record()
