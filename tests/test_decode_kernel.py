@@ -34,7 +34,7 @@ TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3}
 def draw(chooser: random.Random, problem: Problem, warps: int) -> dict[str, Value]:
     """Random axis values, the dependent ones set to what their constraints leave."""
     values = {a.name: chooser.choice(a.values) for a in SPACE.axes} | {"warps": warps}
-    values["head_warps"] = chooser.choice([h for h in (1, 2, 4, 8) if warps % h == 0])
+    values["head_warps"] = chooser.choice([h for h in SPACE.axis("head_warps").values if warps % int(h) == 0])
     values["dim_warps"] = chooser.choice([d for d in (1, 2, 4) if warps // int(values["head_warps"]) % d == 0])
     if values["load"] != "cp_async":
         values["load_bytes"] = 16

@@ -9,7 +9,7 @@ from tuner.targets import RESERVED_SHARED_BYTES, TARGETS, Target
 
 AXES = (
     Axis("warps", (4, 1, 2, 8, 16), "warps per CTA"),
-    Axis("head_warps", (1, 2, 4, 8), "KV heads that a CTA handles side by side"),
+    Axis("head_warps", (1, 2, 4, 8, 16), "KV heads that a CTA handles side by side"),
     Axis("dim_warps", (1, 2, 4), "warps that share a token, each with a slice of the head dim"),
     Axis("math", ("mma", "fma"), "dot products on tensor cores (mma.sync) or on CUDA cores"),
     Axis("lookup", ("table", "replicated", "spread", "prmt", "shuffle", "woven"), "how an index becomes a level"),
@@ -216,6 +216,15 @@ def _best_words(config: Config, kv_heads: int) -> Config:
     return min((config, other), key=lambda c: word_reads(c, token_pitch(c, kv_heads))[1])
 
 
+def _bulk(problem: Problem, kv_heads: int, most: int) -> dict[str, Value]:
+    """Bulk copies of all heads, or where a CTA takes fewer, of as many as divide all and lie in whole 16 bytes."""
+    counts = [heads for heads in (1, 2, 4, 8, 16) if heads <= most]
+    if kv_heads in counts:
+        return {"load": "bulk", "head_warps": kv_heads}
+    parts = [h for h in counts if kv_heads % h == 0 and h * problem.layout.slot_bytes % 16 == 0]
+    return {"load": "bulk_rows", "head_warps": max(parts, default=kv_heads)}
+
+
 def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     """What won before, scaled to the problem, with what came later beside it.
 
@@ -228,12 +237,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     codebook, key = problem.layout.format.key_codebook, problem.layout.key
     replicated = "replicated" if codebook else "table"
     spread, woven = ("spread", "woven") if codebook and key.bits == 4 else (replicated, replicated)
-    bulk: dict[str, Value] = {"load": "bulk", "head_warps": kv_heads, "schedule": "share", "dim_warps": dims}
+    bulk: dict[str, Value] = {"schedule": "share", "dim_warps": dims} | _bulk(problem, kv_heads, 8)
     allowed = {axis.name: axis.values for axis in AXES}
-    if kv_heads not in allowed["head_warps"]:  # then as many as divide all and lie in whole 16 bytes
-        counts = [int(h) for h in allowed["head_warps"]]
-        parts = [h for h in counts if kv_heads % h == 0 and h * problem.layout.slot_bytes % 16 == 0]
-        bulk |= {"load": "bulk_rows", "head_warps": max(parts, default=kv_heads)}
     alone: dict[str, Value] = {"load": "cp_async", "tokens": 16, "dim_warps": dims}
     sliced = alone | {"warps": 8, "dim_warps": 2 * dims}
     # What 99 KB of shared memory hold.
@@ -246,6 +251,7 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     whole = dealt | {"tokens": 32, "dim_warps": 1 if problem.layout.block_d <= 256 else dims}
     wanted = (
         whole | {"warps": 16, "lookup": woven},
+        whole | {"warps": 16, "lookup": woven} | _bulk(problem, kv_heads, 16),
         whole | {"warps": 8, "lookup": woven},
         dealt | {"warps": 8, "tokens": 32, "lookup": spread},
         bulk | {"warps": 16, "tokens": 32, "lookup": replicated},
