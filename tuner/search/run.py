@@ -48,7 +48,8 @@ class Search:
     prune: bool = True
     scope: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
     next_up: list[Config] = field(default_factory=list)
-    """Of this scope, to try before any is sampled: enqueued one by one, so that no other scope gets them."""
+    """To try before any is sampled: enqueued one by one, so that no other scope gets them and what was left open comes
+    first."""
     begun: bool = False
     scored: bool = False
     errors_in_a_row: int = 0
@@ -56,7 +57,7 @@ class Search:
 
     @staticmethod
     def open(request: TuneRequest, on_event: OnEvent | None, evaluator: Evaluator, *, landmarks: bool = True) -> Search:
-        """Opens the study, takes over what dead workers left, and enqueues the landmarks."""
+        """Opens the study, takes over what dead workers left, and begins with the landmarks."""
         from tuner.search.storage import open_study, recover
 
         study = open_study(request, evaluator.fingerprint)
@@ -74,7 +75,7 @@ class Search:
         search.scored = tracker.has_best
         search._sample_from(request.restrict)
         if landmarks:
-            search._enqueue_landmarks()
+            search._begin_with_landmarks()
         return search
 
     def narrow(self, axis: str, value: Value, trials: int, timeout_s: float) -> None:
@@ -112,18 +113,18 @@ class Search:
         problem = self.request.problem
         return (space.default(problem), space.seed(problem), *space.leads(problem, self.request.shape.kv_heads))
 
-    def _enqueue_landmarks(self) -> None:
-        """The landmarks; of what tends to win only what is allowed."""
+    def _begin_with_landmarks(self) -> None:
+        """Of what tends to win only what is allowed."""
         space = self._space()
         axes = {axis.name: axis.values for axis in space.restricted(self.request.restrict).axes}
         default, seed, *leads = self._landmarks(space)
-        allowed = [
+        self.next_up = [
             config
             for config in leads
             if all(value in axes[name] for name, value in config.params)
             and not space.refusals(config, self.request.target)
         ]
-        self._enqueue((default, seed, *allowed))
+        self._enqueue((default, seed))
 
     def _enqueue(self, configs: Iterable[Config]) -> None:
         """Enqueues what was not tried and is not about to be."""
@@ -189,10 +190,11 @@ class Search:
             spent = sum(t.state in counted and self._in_scope(t) for t in trials)
             if spent >= self.trials:
                 break
-            if self.next_up:
+            enqueued = any(t.state == TrialState.WAITING for t in trials)
+            while self.next_up and not enqueued:
                 self._enqueue([self.next_up.pop(0)])
                 trials = self.study.get_trials(deepcopy=False)
-            enqueued = any(t.state == TrialState.WAITING for t in trials)
+                enqueued = any(t.state == TrialState.WAITING for t in trials)
             trial = self.study.ask(distributions(space))  # type: ignore[arg-type]
             trial.set_user_attr("worker", worker_id())
             self.open_trials[trial.number] = trial
