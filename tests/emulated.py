@@ -13,17 +13,23 @@ from tuner.emulate import Launch, emulate
 from tuner.geometry import decode_geometry, decode_scratch, reduce_geometry
 from tuner.launch import dequant_launches, store_launches
 from tuner.reference import Case, Codec
-from tuner.render import render
+from tuner.render import Source, render
 from tuner.space import Config
 
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the emulated kernels with")
 
 
 def emulate_decode(
-    config: Config, case: Case, splits: int = 2, *, into: torch.Tensor | None = None, **options: int
+    config: Config,
+    case: Case,
+    splits: int = 2,
+    *,
+    into: torch.Tensor | None = None,
+    source: Source | None = None,
+    **options: int,
 ) -> torch.Tensor:
     """The kernel's output [B, Hq, D], ``into`` where given; poisoned with NaN first. Asserts that the counters are zero
-    afterwards.
+    afterwards. ``source`` runs in the place of what ``config`` renders to.
     """
     batch, kv_heads = case.query.shape[0], case.kv_heads
     scratch = decode_scratch(config, batch=batch, kv_heads=kv_heads, splits=splits)
@@ -51,7 +57,7 @@ def emulate_decode(
     if config["reduction"] == "kernel":
         reduce = reduce_geometry(config, batch=batch, kv_heads=kv_heads)
         launches.append(Launch("wph_decode_reduce", reduce.grid, reduce.block, reduce.shared_bytes))
-    emulate(render(config), launches, params, tensors, **options)
+    emulate(source or render(config), launches, params, tensors, **options)
     assert not counters.any()
     return out
 

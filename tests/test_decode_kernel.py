@@ -10,7 +10,7 @@ import pytest
 import torch
 from emulated import emulate_decode, worst_head_error
 
-from tuner.emulate import compile_many
+from tuner.emulate import EmulationError, compile_many
 from tuner.formats import FORMATS, HEAD_DIMS, slot_layout
 from tuner.launch import cache_order
 from tuner.reference import Case, Codec, bulk_case, codebook, make_cache, store, synthetic_cache
@@ -53,6 +53,8 @@ def draw(chooser: random.Random, problem: Problem, warps: int) -> dict[str, Valu
         values["words"] = "strided"
     if values["reduction"].startswith("cluster"):
         values["schedule"] = "grid"
+    if values["reduction"] == "all" and values["schedule"] != "grid":
+        values["schedule"] = "deal"
     return values
 
 
@@ -234,6 +236,44 @@ def test_branches_of_splits(cache_format: str, schedule: str) -> None:
     for splits in (1, 8, 9, 16, 17, 70):
         check(config, case, splits)
     assert torch.equal(emulate_decode(config, case, 70), emulate_decode(config, case, 70, seed=3, concurrent_ctas=8))
+
+
+@pytest.mark.parametrize("schedule", ["grid", "deal"])
+@pytest.mark.parametrize("cache_format", ["turboquant_4bit_nc", "turboquant_outlier"])
+def test_contributors_that_wait_for_each_other(cache_format: str, schedule: str) -> None:
+    """One at a time, where all but the last give up waiting, and together; up to more of them than there are shares."""
+    config = default_config(Problem("decode", 64, 6, cache_format)).with_(reduction="all", schedule=schedule, warps=1)
+    case = small_case(config, (1300, 0, 1, 16 * 9, 33))
+    for splits in (1, 9, 33, 70):
+        check(config, case, splits)
+    for splits in (9, 70):
+        check(config, case, splits, seed=splits, concurrent_ctas=200)
+    assert torch.equal(emulate_decode(config, case, 70), emulate_decode(config, case, 70, seed=3, concurrent_ctas=8))
+
+
+@pytest.mark.parametrize(("patience", "concurrent_ctas"), [(0, 1), (0, 200), (1, 3), (100_000, 200)])
+def test_shares_are_added_up_once_however_long_one_waits(
+    patience: int, concurrent_ctas: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Right sums, and counters at zero, say that each share was taken once."""
+    config = default_config(Problem("decode", 64, 6, "turboquant_4bit_nc")).with_(reduction="all", warps=1)
+    monkeypatch.setattr(DecodePlan, "patience", patience)
+    case = small_case(config, (700, 0, 33, 90))
+    for seed in range(3):
+        check(config, case, 12, seed=seed, concurrent_ctas=concurrent_ctas)
+
+
+def test_who_waits_long_enough_leaves_nothing_to_the_last() -> None:
+    config = default_config(Problem("decode", 64, 6, "turboquant_4bit_nc")).with_(reduction="all", warps=1)
+    source = render(config)
+    quits = "if (looks == PATIENCE &&"
+    assert source.text.count(quits) == 1
+    trapped = replace(source, text=source.text.replace(quits, f"if (looks == PATIENCE) trap();\n        {quits}"))
+    case = small_case(config, (700, 33))
+    out = emulate_decode(config, case, 12, source=trapped, concurrent_ctas=200)
+    assert worst_head_error(out, case.expected()) <= TOLERANCE[case.query.dtype]
+    with pytest.raises(EmulationError, match="ended with -4"):
+        emulate_decode(config, case, 12, source=trapped)
 
 
 CLUSTERED = [

@@ -98,7 +98,10 @@ def test_triton_times_are_near_the_measured_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("schedule", "reduction"),
-    [*itertools.product(("grid", "stream", "share"), ("last", "kernel", "tree")), ("grid", "cluster8")],
+    [
+        *itertools.product(("grid", "stream", "share", "deal"), ("last", "kernel", "tree")),
+        *(("grid", "cluster8"), ("grid", "all"), ("deal", "all")),
+    ],
 )
 @pytest.mark.parametrize("arch", ["sm_90", "sm_121"])
 def test_no_shorter_context_asks_for_more_splits(arch: str, schedule: str, reduction: str) -> None:

@@ -112,7 +112,7 @@ def test_a_new_run_of_a_study_records_its_own_trials(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"version": 2}', '{"version": 1, "study": "x", "trials": [{"params": {"warps": 3}}]}']
+    "content", ["", "[]", '{"version": 1}', '{"version": 2, "study": "x", "trials": [{"params": {"warps": 3}}]}']
 )
 def test_bad_recording(tmp_path: Path, content: str) -> None:
     (tmp_path / "r.json").write_text(content)

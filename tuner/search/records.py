@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial, Trial
 
-RECORDING_VERSION = 1
+RECORDING_VERSION = 2
 _FACTS = ("source_digest", "cubin_sha256", "cubin", "registers", "shared_bytes", "spill_bytes")
 
 

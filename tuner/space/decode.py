@@ -22,8 +22,8 @@ AXES = (
     Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
     Axis(
         "reduction",
-        ("last", "kernel", "tree", "cluster2", "cluster4", "cluster8"),
-        "who adds up splits: the last CTA, a second kernel, branches, or first clusters of CTAs in shared memory",
+        ("last", "kernel", "tree", "cluster2", "cluster4", "cluster8", "all"),
+        "who adds up splits: the last CTA, a second kernel, branches, first clusters of CTAs, or all, a share each",
     ),
     Axis(
         "schedule",
@@ -136,6 +136,11 @@ CONSTRAINTS = (
         "clustered_splits",
         "the CTAs of a cluster have consecutive splits of one request, as the grid schedule has them",
         lambda c, _: DecodePlan(c).cluster > 1 and c["schedule"] != "grid",
+    ),
+    Constraint(
+        "waiting_ctas",
+        "a CTA waits for the others' splits where it knows that nothing else is left for it",
+        lambda c, _: c["reduction"] == "all" and c["schedule"] not in ("grid", "deal"),
     ),
     Constraint(
         "held_query",
@@ -253,11 +258,15 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         whole | {"warps": 16, "lookup": woven},
         whole | {"warps": 16, "lookup": woven} | _bulk(problem, kv_heads, 16),
         whole | {"warps": 8, "lookup": woven},
+        whole | {"warps": 16, "lookup": woven, "reduction": "all"},
+        whole | {"warps": 8, "lookup": woven, "reduction": "all"},
         dealt | {"warps": 8, "tokens": 32, "lookup": spread},
         bulk | {"warps": 16, "tokens": 32, "lookup": replicated},
         bulk | {"warps": 8, "tokens": 32, "lookup": spread},
         alone | lean | {"warps": 8, "lookup": spread},
         alone | {"warps": 8, "lookup": spread, "query": query},
+        alone | lean | {"warps": 8, "lookup": spread, "reduction": "all"},
+        sliced | lean | {"lookup": spread, "reduction": "all"},
         dealt | {"warps": 8, "lookup": spread},
         whole | {"warps": 8, "lookup": woven, "reduction": "tree"},
         sliced | lean | {"lookup": spread, "reduction": "tree"},

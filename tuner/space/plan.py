@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -200,6 +201,12 @@ class DecodePlan:
         layout = self.config.problem.layout
         return _GRID_FACTOR[layout.key.bits] * layout.block_d**0.5 if layout.format.key_codebook else 1.0
 
+    arrival_words = 4
+    """Counters of a request and its CTAs' heads where ``reduction`` is "all"."""
+
+    patience = 40
+    """Times that a contributor looks whether all have come before it leaves its share to the last one."""
+
     branch = 8
     """Contributions to a request that one CTA adds up where ``reduction`` is "tree"."""
 
@@ -314,7 +321,7 @@ class DecodePlan:
         return Regions(*(getattr(self, name) for name in Regions._fields))
 
     @property
-    def offsets(self) -> dict[str, int]:
+    def offsets(self) -> Mapping[str, int]:
         return arrange(self.regions)
 
     @property

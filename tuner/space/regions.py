@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from functools import lru_cache
+from types import MappingProxyType
 from typing import NamedTuple
 
 from tuner.targets import RESERVED_SHARED_BYTES
@@ -39,7 +41,7 @@ def round_up(n: int, to: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def arrange(regions: Regions) -> dict[str, int]:
+def arrange(regions: Regions) -> Mapping[str, int]:
     """Start of each region. Staging and, right behind it, the query become the merge buffer once a span's tokens
     are consumed.
 
@@ -68,7 +70,7 @@ def arrange(regions: Regions) -> dict[str, int]:
             break
         at += regions.lookup_bytes
     assert best is not None, "a layout with everything behind the table always exists"
-    return best
+    return MappingProxyType(best)
 
 
 def _layout(

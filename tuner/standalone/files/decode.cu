@@ -58,7 +58,7 @@ wph_plan decode_plan(const Table &table, int kernel, int batch, int kv_heads, in
     const size_t parts = k.stream ? 2 * static_cast<size_t>(splits) : static_cast<size_t>(batch) * shares;
     const size_t rows = parts * heads;
     plan.partials_bytes = ((2 * rows + 3) / 4 * 4 + rows * k.row_floats) * sizeof(float);
-    const size_t counters = k.counts ? k.cluster + (k.branch ? divide_up(splits, k.branch) : 0) : 0;
+    const size_t counters = k.counts * (k.cluster + (k.branch ? divide_up(splits, k.branch) : 0));
     plan.counters_bytes = static_cast<size_t>(batch) * head_groups * counters * sizeof(int);
     return plan;
 }

@@ -20,7 +20,7 @@ struct Kernel {
     int shared_bytes;
     int head_warps;  // KV heads per CTA
     int stream;      // 1: one persistent grid for all requests, 0: `splits` CTAs per request
-    int counts;      // 1: the last CTA of a request, found by a counter, adds up the splits
+    int counts;      // 1: the last CTA of a request, found by a counter, adds up the splits; more: all do, with so many
     int branch;      // ... or, where this is not 0, the last CTA of so many, and then the last of those
     int cluster;     // CTAs that add up in each other's shared memory first; each of them has a counter
     int row_floats;  // fp32 values per query head and split, in whole 16 bytes
