@@ -10,8 +10,9 @@ Before that racecheck is asked about a small program, sanitize_control.cu, with 
 apart. Then the same where some warps of a CTA meet by themselves, first at a named barrier: if it cannot tell them
 apart there, what it says of kernels with such barriers says nothing. Then at an mbarrier: if it can there, it is given
 twins of those kernels (sanitize_twin.py), whose warps meet so, and what it says of a twin counts for the kernel. If it
-cannot, they are called unsure and counted by themselves, and `python benchmarks/races.py` looks for their races in the
-emulator. Ends with 1 where a tool reports anything else, or where a kernel was left out for want of time.
+cannot, or where there is no twin, they are called unsure and counted by themselves, and `python benchmarks/races.py`
+looks for their races in the emulator. Ends with 1 where a tool reports anything else, or where a kernel was left out
+for want of time.
 """
 
 from __future__ import annotations
@@ -92,25 +93,28 @@ def subjects(folder: Path, arch: str) -> Iterator[Subject]:
 
 
 def with_twins(found: Sequence[Subject], arch: str, work: Path) -> list[Subject]:
-    """``found`` with a twin in the place of each kernel that has named barriers. Raises TunerError where one does not
-    compile, or where a kernel was made from other templates than its twin would be.
+    """``found`` with a twin in the place of each kernel that has named barriers. Where there is none the kernel stays,
+    and a line says why: it does not compile, or the kernel was made from other templates than its twin would be.
     """
-    sources = {s.kernel.id: _twin_source(s) for s in found if s.named_barriers}
+    sources = {s.kernel.id: source for s in found if s.named_barriers and (source := _twin_source(s))}
     results = build(sources.values(), [arch], root=work / "twins")
     made = []
     for subject in found:
-        result = results[sources[subject.kernel.id].digest, arch] if subject.named_barriers else None
+        source = sources.get(subject.kernel.id)
+        result = results[source.digest, arch] if source else None
         if isinstance(result, BuildFailure):
-            raise TunerError(f"the twin of {subject.name} does not compile: {result.message}; see {result.log}")
+            print(f"no twin of {subject.name}: it does not compile: {result.message}; see {result.log}")
+            result = None
         made.append(replace(subject, cubin=result.cubin, twin=True) if result else subject)
     return made
 
 
-def _twin_source(subject: Subject) -> Source:
+def _twin_source(subject: Subject) -> Source | None:
     config = subject.kernel.config(subject.table.problem)
-    if render(config).digest != subject.kernel.source_digest:
-        raise TunerError(f"no twin of {subject.name}: it was made from other templates than these, tune again")
-    return twin(config)
+    if render(config).digest == subject.kernel.source_digest:
+        return twin(config)
+    print(f"no twin of {subject.name}: it was made from other templates than these")
+    return None
 
 
 def groups(found: Iterable[Subject]) -> Iterator[list[Subject]]:
@@ -211,7 +215,7 @@ def run(args: argparse.Namespace) -> int:
     parts = {tool: list(groups(raced if tool == "racecheck" else kernels)) for tool in tools}
     asked = [(g, t) for together in zip(*parts.values(), strict=True) for g, t in zip(together, parts, strict=True)]
     left = args.timeout - (time.monotonic() - begun)
-    found = examine_all(asked, sanitizer, args.work, args.jobs, left, unsure=where == NEITHER)
+    found = examine_all(asked, sanitizer, args.work, args.jobs, left, unsure=where != NAMED)
     number = sum(len(group) for group, _ in asked)
     counts = {word: found.count(word) for word in (CLEAN, UNSURE, FOUND)}
     said = ", ".join(f"{n} {word}" for word, n in counts.items())
@@ -230,8 +234,8 @@ def examine_all(
 ) -> list[str]:
     """Of each kernel and tool that there was time for: CLEAN, FOUND or UNSURE; a line on each.
 
-    UNSURE is what racecheck says of kernels with named barriers where ``unsure``, and of those whose mbarriers were too
-    many for it.
+    UNSURE is what racecheck says of kernels with named barriers, their twins excepted, where ``unsure``, and of those
+    whose mbarriers were too many for it.
     """
     work.mkdir(parents=True, exist_ok=True)
     deadline, stop = time.monotonic() + timeout_s, threading.Event()
@@ -244,13 +248,15 @@ def examine_all(
         log = work / f"{group[0].kernel.id}-{tool}{more}.log"
         with log.open("w") as file:
             status = run_bounded(command(tool, sanitizer, group), file, left, stop=stop)
-        if status and len(group) > 1:
+        text = log.read_text()
+        if len(group) > 1 and (status or _OVERFLOW in text):
             return [word for subject in group for word in examine([subject], tool)]
         if status is None:
             return []
-        said, text = [], log.read_text()
+        said = []
         for subject in group:
-            nothing = tool == "racecheck" and ((unsure and subject.named_barriers) or _OVERFLOW in text)
+            untold = unsure and subject.named_barriers and not subject.twin
+            nothing = tool == "racecheck" and (untold or _OVERFLOW in text)
             said.append(UNSURE if nothing and status in (0, _FOUND) else FOUND if status else CLEAN)
             print(f"{said[-1]} {tool:9} {subject.name}: {summary(text)}", flush=True)
         return said

@@ -138,6 +138,7 @@ FORMAT = "turboquant_4bit_nc"
 DEFAULT = default_config(Problem("decode", 128, 4, FORMAT))
 PERSISTENT = DEFAULT.with_(schedule="stream", reduction="kernel")
 SHARED = DEFAULT.with_(schedule="share", reduction="kernel")
+DEALT = DEFAULT.with_(schedule="deal", lookup="woven", query="paired", words="adjacent", tail="apart")
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128, 4176, 8320])
@@ -155,6 +156,8 @@ def test_block_sizes(block_size: int) -> None:
         DEFAULT.with_(schedule="share", load="bulk", head_warps=2, reduction="tree"),
         DEFAULT.with_(schedule="share", load="bulk_rows", warps=16, head_warps=8, reduction="tree"),
         DEFAULT.with_(schedule="share", warps=1),
+        DEALT,
+        DEALT.with_(warps=1, reduction="kernel"),
     ],
 )
 @pytest.mark.parametrize("splits", [1, 2, 7, 9, 13, 40])
@@ -212,7 +215,7 @@ def test_one_block_table_row_for_all_requests() -> None:
     check(DEFAULT, expanded)
 
 
-@pytest.mark.parametrize("config", [PERSISTENT, SHARED, SHARED.with_(reduction="last")])
+@pytest.mark.parametrize("config", [PERSISTENT, SHARED, SHARED.with_(reduction="last"), DEALT])
 def test_many_requests_in_the_persistent_queue(config: Config) -> None:
     lengths = tuple((7 * i) % 50 for i in range(70))
     for splits in (3, 50, 70, 100):
@@ -226,7 +229,7 @@ def test_peaked_softmax_and_huge_queries() -> None:
     check(DEFAULT, huge)
 
 
-@pytest.mark.parametrize("schedule", ["grid", "stream", "share"])
+@pytest.mark.parametrize("schedule", ["grid", "stream", "share", "deal"])
 @pytest.mark.parametrize("cache_format", ["turboquant_4bit_nc", "turboquant_outlier"])
 def test_branches_of_splits(cache_format: str, schedule: str) -> None:
     """Around one branch, around whole branches, with a last branch of one, and with more branches than fit in one."""

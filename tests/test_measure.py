@@ -205,6 +205,10 @@ def test_a_call_is_not_timed_with_what_the_flush_would_have_to_write_back(monkey
     from tuner.measure.timer import Timer
 
     timer = Timer()
+    timer._cold.fill_(1.0)
+    timer.flush()
+    assert timer._sum.item() == pytest.approx(timer._cold.numel(), rel=1e-3), "all of it is read"
+    assert timer._cold.min().item() == 1.0, "and none written"
     rows, total = torch.zeros(16 << 20, device="cuda"), torch.empty((), device="cuda")
     read = timer.capture(lambda: torch.sum(rows, dim=0, out=total))
     clean = timer.short(read).median_us

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -18,7 +19,7 @@ from tuner.formats import slot_layout
 from tuner.geometry import split_candidates
 from tuner.model import busiest
 from tuner.pipes import cost
-from tuner.predict import _quotas, _reduction_us, hot_loop, predict, predict_triton
+from tuner.predict import _matrix_instructions, _quotas, _reduction_us, hot_loop, predict, predict_triton
 from tuner.render import render
 from tuner.search.evaluate import limit_us
 from tuner.space import Config, Problem, default_config
@@ -62,6 +63,29 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Config, str]
     assert all(isinstance(b, Built) for b in builts), builts
     facts = sass.facts_of(builts)  # type: ignore[arg-type]
     return {(c, a): (b, f) for (c, _, a), b, f in zip(places, builts, facts, strict=True)}  # type: ignore[misc]
+
+
+LEAN: list[tuple[int, int, dict[str, Any]]] = [
+    (128, 4, {}),
+    (128, 4, {"tail": "apart", "schedule": "deal"}),
+    (128, 3, {"query": "paired", "tail": "apart"}),
+    (256, 8, {"words": "adjacent", "lookup": "woven", "tail": "apart", "tokens": 32, "dim_warps": 2}),
+    (128, 16, {"query": "joined", "tail": "apart", "reduction": "all"}),
+]
+
+
+@pytest.mark.parametrize("index", range(len(LEAN)))
+def test_the_loop_over_tokens_is_found_once(index: int, tmp_path: Path) -> None:
+    """Where a step apart from it repeats all of its products, too."""
+    head_dim, gqa, values = LEAN[index]
+    source = render(default_config(Problem("decode", head_dim, gqa, FORMAT)).with_(**values))
+    built = build([source], ["sm_90"], root=tmp_path)[source.digest, "sm_90"]
+    assert isinstance(built, Built), built
+    facts = sass.facts(built)
+    copies = 2 if "tail" in values else 1
+    work = _matrix_instructions(source.config)
+    assert sass.count(hot_loop(facts).opcodes, "HMMA") == work
+    assert sass.count(facts.opcodes, "HMMA") == copies * work
 
 
 def ranks(values: list[float]) -> list[int]:
@@ -118,8 +142,9 @@ def test_no_shorter_context_asks_for_more_splits(arch: str, schedule: str, reduc
 
 
 def test_shares_spare_ragged_batches_a_second_beginning() -> None:
-    shared, stream = (default_config(PROBLEM).with_(schedule=s, warps=1) for s in ("share", "stream"))
+    shared, stream, dealt = (default_config(PROBLEM).with_(schedule=s, warps=1) for s in ("share", "stream", "deal"))
     ragged, uniform = Bucket(8, 65536, ragged=True), Bucket(8, 8192)
+    assert _quotas(dealt, ragged, 132) == _quotas(shared, ragged, 132)
     assert _quotas(shared, uniform, 132) == _quotas(stream, uniform, 132)
     pieces, sharers = _quotas(shared, ragged, 132)
     assert sum(n for n, _ in pieces) == sum(sharers) <= 132, "every CTA has one piece of one request"

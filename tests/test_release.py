@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -168,8 +169,9 @@ def test_where_racecheck_fails_the_control_kernels_with_such_barriers_are_unsure
     tool = tmp_path / "sanitizer"
     tool.write_text(f"#!{sys.executable}\nprint('========= RACECHECK SUMMARY: 3')\nraise SystemExit({status})\n")
     tool.chmod(0o755)
-    asked = [([sliced], "racecheck"), ([sliced], "memcheck"), ([whole], "racecheck")]
-    for unsure, expected in ((True, ["unsure", word, word]), (False, [word] * 3)):
+    paired = replace(sliced, twin=True)
+    asked = [([sliced], "racecheck"), ([sliced], "memcheck"), ([whole], "racecheck"), ([paired], "racecheck")]
+    for unsure, expected in ((True, ["unsure", word, word, word]), (False, [word] * 4)):
         assert sanitize.examine_all(asked, str(tool), tmp_path, 1, 60, unsure=unsure) == expected
         assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == expected
 

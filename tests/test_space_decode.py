@@ -36,6 +36,10 @@ def test_leads_are_points_of_the_space_that_serve_small_and_large_batches(
         assert config["load"] != "bulk" or config["head_warps"] == kv_heads
     usable = [c for c in leads if not SPACE.refusals(c, get_target("sm_90"))]
     assert {c["load"] for c in usable} == {"bulk", "cp_async"}
+    large = {(c["tail"], c["schedule"]) for c in usable if c["load"] == "bulk"}
+    assert ("apart", "deal") in large and {c["tail"] for c in usable if c["load"] == "cp_async"} == {"apart", "masked"}
+    newer = "paired" if gqa <= 4 else "joined" if gqa > 8 else "shared"
+    assert {c["query"] for c in usable if c["tail"] == "apart"} == {newer}
 
 
 @pytest.mark.parametrize(("kv_heads", "parts"), [(32, {8, 16}), (12, {4}), (9, set())])

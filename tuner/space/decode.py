@@ -260,6 +260,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         whole | {"warps": 8, "lookup": woven},
         whole | {"warps": 16, "lookup": woven, "reduction": "all"},
         whole | {"warps": 8, "lookup": woven, "reduction": "all"},
+        dealt | {"warps": 8, "dim_warps": 2 * dims, "lookup": spread},
+        dealt | {"warps": 8, "dim_warps": 2 * dims, "lookup": spread, "reduction": "all"},
         dealt | {"warps": 8, "tokens": 32, "lookup": spread},
         bulk | {"warps": 16, "tokens": 32, "lookup": replicated},
         bulk | {"warps": 8, "tokens": 32, "lookup": spread},
