@@ -123,9 +123,11 @@ def test_bad_arguments(name: str) -> None:
         decode(case, **changes)
 
 
-def test_partials_are_aligned() -> None:
+def test_scratch_is_aligned() -> None:
     with pytest.raises(UsageError, match=r"partials start off a multiple of 16 bytes"):
         decode(make_case(), partials=torch.empty(11)[1:])
+    with pytest.raises(UsageError, match=r"counters start off a multiple of 8 bytes"):
+        decode(make_case(), counters=torch.zeros(11, dtype=torch.int32)[1:])
 
 
 def test_missing_layer_constants() -> None:

@@ -39,8 +39,8 @@ def decode_params(
     ``query``, ``out``: [B, Hq, D] bf16 or fp16, any strides but the last. ``kv_cache``: uint8
     [blocks, block_size, Hk, slot] or, for formats with separate planes, [blocks, 2, block_size, Hk, slot], any strides
     but the last. ``block_table``: int32 or int64 [B, max_blocks], ``stride(0)`` may be 0. ``seq_lens``: int32 [B].
-    ``partials`` fp32, 16-byte aligned, and ``counters`` int32 (zero): sizes as ``geometry.decode_scratch`` says.
-    Raises UsageError.
+    ``partials`` fp32, 16-byte aligned, and ``counters`` int32 (zero), 8-byte aligned: sizes as
+    ``geometry.decode_scratch`` says. Raises UsageError.
     """
     _expect("query", query, 3, (torch.bfloat16, torch.float16))
     _expect("out", out, 3, (query.dtype,))
@@ -52,6 +52,8 @@ def decode_params(
     if partials.data_ptr() % 16:
         raise UsageError("partials start off a multiple of 16 bytes: expected a whole allocation or an aligned part")
     _expect("counters", counters, 1, (torch.int32,))
+    if counters.data_ptr() % 8:
+        raise UsageError("counters start off a multiple of 8 bytes: expected a whole allocation or an aligned part")
     tensors = {"query": query, "out": out, "partials": partials, "counters": counters}
     fields = _cache_fields(layout, kv_cache, block_table, seq_lens, tensors)
     _code_fields(layout, centroids, signs, channels, tensors)
