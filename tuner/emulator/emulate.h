@@ -187,14 +187,14 @@ WPH_DEVICE int atomic_add_ordered(int *p, int v) {
     wph::happens_before(p);
     return old;
 }
-WPH_DEVICE unsigned long long atomic_add_ordered(unsigned long long *p, unsigned long long v) {
+WPH_DEVICE unsigned long long atomic_add_ordered_u64(unsigned long long *p, unsigned long long v) {
     wph::yield_lane();
     wph::happens_after(p);
     const unsigned long long old = __atomic_fetch_add(p, v, __ATOMIC_RELAXED);  // no race with those who look
     wph::happens_before(p);
     return old;
 }
-WPH_DEVICE unsigned long long load_ordered(const unsigned long long *p) {
+WPH_DEVICE unsigned long long load_ordered_u64(const unsigned long long *p) {
     wph::yield_lane();
     const unsigned long long v = __atomic_load_n(p, __ATOMIC_RELAXED);
     wph::happens_after(p);
