@@ -65,20 +65,21 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Config, str]
     return {(c, a): (b, f) for (c, _, a), b, f in zip(places, builts, facts, strict=True)}  # type: ignore[misc]
 
 
-LEAN: list[tuple[int, int, dict[str, Any]]] = [
-    (128, 4, {}),
-    (128, 4, {"tail": "apart", "schedule": "deal"}),
-    (128, 3, {"query": "paired", "tail": "apart"}),
-    (256, 8, {"words": "adjacent", "lookup": "woven", "tail": "apart", "tokens": 32, "dim_warps": 2}),
-    (128, 16, {"query": "joined", "tail": "apart", "reduction": "all"}),
+LEAN: list[tuple[str, int, int, dict[str, Any]]] = [
+    (FORMAT, 128, 4, {}),
+    (FORMAT, 128, 4, {"tail": "apart", "schedule": "deal"}),
+    (FORMAT, 128, 3, {"query": "paired", "tail": "apart"}),
+    (FORMAT, 256, 8, {"words": "adjacent", "lookup": "woven", "tail": "apart", "tokens": 32, "dim_warps": 2}),
+    (FORMAT, 128, 16, {"query": "joined", "tail": "apart", "reduction": "all"}),
+    ("turboquant_outlier", 128, 4, {"query": "paired", "tail": "apart"}),
 ]
 
 
 @pytest.mark.parametrize("index", range(len(LEAN)))
 def test_the_loop_over_tokens_is_found_once(index: int, tmp_path: Path) -> None:
     """Where a step apart from it repeats all of its products, too."""
-    head_dim, gqa, values = LEAN[index]
-    source = render(default_config(Problem("decode", head_dim, gqa, FORMAT)).with_(**values))
+    cache_format, head_dim, gqa, values = LEAN[index]
+    source = render(default_config(Problem("decode", head_dim, gqa, cache_format)).with_(**values))
     built = build([source], ["sm_90"], root=tmp_path)[source.digest, "sm_90"]
     assert isinstance(built, Built), built
     facts = sass.facts(built)
