@@ -55,8 +55,8 @@ def emulate(
 
     ``races`` looks for data races instead of bad addresses: a write and another access to the same byte of shared or
     global memory, by lanes or asynchronous copies of which nothing makes one come first. Barriers of all kinds, waits
-    for copies, ``atomic_add_ordered`` and its kind do; shuffles, votes and matrix instructions do not, nor does
-    the order in which a run happens to take the lanes. Not seen are
+    for copies, ``atomic_add_ordered`` of either width and ``load_ordered_u64`` do; shuffles, votes and matrix
+    instructions do not, nor does the order in which a run happens to take the lanes. Not seen are
 
     - races of two CTAs of which one began in the place that the other left: ``concurrent_ctas`` are compared, and
       with 1 none are;

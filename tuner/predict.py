@@ -120,7 +120,7 @@ def _reduction_us(config: Config, sharers: list[int], shape: Shape, target: Targ
     levels = 2 if config["reduction"] == "tree" and most > branch else 1
     in_turn = most if levels == 1 else branch + -(-most // branch)  # contributions that one CTA after another reads
     if config["reduction"] == "all":
-        rows = -(-rows // min(most, 32))
+        rows = -(-rows // min(most, plan.most_shares))
     last = in_turn * rows * row_bytes / _CTA_BYTES_PER_CYCLE / target.clock_mhz
     return clustered_us + max(bytes_us, last) + 2 * levels * latency_us
 
@@ -158,8 +158,8 @@ def predict(
         pairs = plan.tiles * GROUP_TOKENS * plan.slice_dims / 2 / 32
         extra = pairs * (_CONFLICTS[problem.layout.key.bits] - 1)
         step = step.plus(Cycles(0.0, 0.0, extra, 0.0))
-    reads, turns = word_reads(config, token_pitch(config, shape.kv_heads))
     if config["load"] != "direct":
+        reads, turns = word_reads(config, token_pitch(config, shape.kv_heads))
         step = step.plus(Cycles(0.0, 0.0, plan.tiles * float(turns - reads), 0.0))
 
     geometry = decode_geometry(config, batch=bucket.batch, kv_heads=shape.kv_heads, splits=splits)

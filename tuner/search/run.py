@@ -190,11 +190,9 @@ class Search:
             spent = sum(t.state in counted and self._in_scope(t) for t in trials)
             if spent >= self.trials:
                 break
-            enqueued = any(t.state == TrialState.WAITING for t in trials)
-            while self.next_up and not enqueued:
+            while self.next_up and not self._waiting():
                 self._enqueue([self.next_up.pop(0)])
-                trials = self.study.get_trials(deepcopy=False)
-                enqueued = any(t.state == TrialState.WAITING for t in trials)
+            enqueued = self._waiting()
             trial = self.study.ask(distributions(space))  # type: ignore[arg-type]
             trial.set_user_attr("worker", worker_id())
             self.open_trials[trial.number] = trial
@@ -213,6 +211,12 @@ class Search:
                 break  # the sampler found nothing new
             batch.append((trial, Config(self.request.problem, params)))
         return batch
+
+    def _waiting(self) -> bool:
+        """Whether a trial is enqueued that no worker has asked for yet."""
+        from optuna.trial import TrialState
+
+        return any(t.state == TrialState.WAITING for t in self.study.get_trials(deepcopy=False))
 
     def _in_scope(self, trial: FrozenTrial) -> bool:
         return all(trial.params.get(axis) in values for axis, values in self.scope.items())

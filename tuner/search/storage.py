@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tuner.errors import TunerError, UsageError
 from tuner.interrupts import put_off_within
+from tuner.search.records import RECORDING_VERSION
 from tuner.search.request import TuneRequest
 from tuner.space import get_space
 
@@ -32,8 +33,6 @@ _ATTEMPTS = 5
 """At opening a storage that other workers may be making at the same moment."""
 _STATEMENT_S = 60
 """A server that takes longer over a statement counts as lost."""
-_RECORD_VERSION = 2
-"""Of what a trial's times mean: since 2 the L2 cache is flushed by reading. Studies of other versions do not mix."""
 
 
 def storage_url(request: TuneRequest) -> str:
@@ -93,7 +92,7 @@ def study_name(request: TuneRequest, fingerprint: str) -> str:
     p = request.problem
     space = get_space(p.op)
     inputs = [
-        _RECORD_VERSION,
+        RECORDING_VERSION,
         fingerprint,
         [(a.name, a.values) for a in space.axes],
         [c.name for c in space.constraints],

@@ -223,7 +223,7 @@ def _best_words(config: Config, kv_heads: int) -> Config:
 
 def _bulk(problem: Problem, kv_heads: int, most: int) -> dict[str, Value]:
     """Bulk copies of all heads, or where a CTA takes fewer, of as many as divide all and lie in whole 16 bytes."""
-    counts = [heads for heads in (1, 2, 4, 8, 16) if heads <= most]
+    counts = [int(heads) for heads in DECODE.axis("head_warps").values if int(heads) <= most]
     if kv_heads in counts:
         return {"load": "bulk", "head_warps": kv_heads}
     parts = [h for h in counts if kv_heads % h == 0 and h * problem.layout.slot_bytes % 16 == 0]

@@ -204,6 +204,9 @@ class DecodePlan:
     arrival_words = 4
     """Counters of a request and its CTAs' heads where ``reduction`` is "all"."""
 
+    most_shares = 32
+    """Contributors that add up a share each where ``reduction`` is "all": as many as a word has bits for."""
+
     patience = 40
     """Times that a contributor looks whether all have come before it leaves its share to the last one."""
 
