@@ -7,12 +7,11 @@ One line per kernel and tool. Kernels of a table share a process, since starting
 reports anything each gets its own; --jobs processes at a time, whose whole output is kept in --work.
 
 Before that racecheck is asked about a small program, sanitize_control.cu, with races and without. It must tell them
-apart. Then the same where some warps of a CTA meet by themselves, first at a named barrier: if it cannot tell them
-apart there, what it says of kernels with such barriers says nothing. Then at an mbarrier: if it can there, it is given
-twins of those kernels (sanitize_twin.py), whose warps meet so, and what it says of a twin counts for the kernel. If it
-cannot, or where there is no twin, they are called unsure and counted by themselves, and `python benchmarks/races.py`
-looks for their races in the emulator. Ends with 1 where a tool reports anything else, or where a kernel was left out
-for want of time.
+apart. Of warps that meet at a named barrier without the rest of their CTA it says one thing now and another later, so
+kernels with such barriers are judged by twins (sanitize_twin.py), whose warps meet at mbarriers: what it says of a twin
+counts for the kernel, if it can tell races there in the small program. If it cannot, or where there is no twin, they
+are called unsure and counted by themselves, and `python benchmarks/races.py` looks for their races in the emulator.
+Ends with 1 where a tool reports anything else, or where a kernel was left out for want of time.
 """
 
 from __future__ import annotations
@@ -47,8 +46,6 @@ from tuner.table.store import PACKAGE_TABLES  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck")
 CLEAN, UNSURE, FOUND = "clean", "unsure", "FOUND"
-NAMED, MBARRIER, NEITHER = "at a named barrier", "at an mbarrier", "at neither kind of barrier"
-"""Where warps may meet by themselves so that racecheck tells races."""
 _FOUND = 9
 """Exit status of compute-sanitizer where it reports something."""
 _TOGETHER = 5
@@ -147,9 +144,9 @@ def summary(text: str) -> str:
     return found[-1].strip() if found else "no summary"
 
 
-def believable(sanitizer: str, arch: str, work: Path) -> str:
-    """Where warps may meet by themselves so that racecheck tells right from wrong: NAMED, MBARRIER or NEITHER. Raises
-    TunerError where it cannot be asked, or cannot tell them apart where only the whole CTA meets either.
+def follows_mbarriers(sanitizer: str, arch: str, work: Path) -> bool:
+    """Whether racecheck tells right from wrong where warps of a CTA meet by themselves at mbarriers. Raises TunerError
+    where it cannot be asked, or cannot where only the whole CTA meets either.
     """
     nvcc = toolchain.find((arch,))
     program, written = work / "control", work / "control.log"
@@ -162,23 +159,23 @@ def believable(sanitizer: str, arch: str, work: Path) -> str:
         if run_bounded([str(nvcc.nvcc), *options, str(_CONTROL)], log, _CONTROL_S, env=nvcc.env) != 0:
             raise TunerError(f"{_CONTROL.name} does not compile: see {written}")
 
-        def tells(meeting: int, races: int) -> bool:
+        def tells(pairs: bool, races: int) -> bool:
             """Whether each race is reported, and nothing where there is none."""
             for race in range(races + 1):
-                print(f"race {race}, meeting {meeting}", file=log, flush=True)
-                words = [*examiner("racecheck", sanitizer), str(program), str(race), str(meeting)]
+                print(f"race {race}, pairs {pairs:d}", file=log, flush=True)
+                words = [*examiner("racecheck", sanitizer), str(program), str(race), str(int(pairs))]
                 status = run_bounded(words, log, _CONTROL_S)
-                if not meeting and status not in (0, _FOUND):
+                if not pairs and status not in (0, _FOUND):
                     raise TunerError(f"racecheck could not run {_CONTROL.name}: see {written}")
                 if status != (_FOUND if race else 0):
                     return False
             return True
 
-        if not tells(0, 1):
+        if not tells(pairs=False, races=1):
             raise TunerError(f"racecheck does not tell races in {_CONTROL.name}: see {written}")
-        where = NAMED if tells(1, 3) else MBARRIER if tells(2, 3) else NEITHER
-    print(f"control: where warps of a CTA meet by themselves, racecheck can tell races {where}")
-    return where
+        found = tells(pairs=True, races=3)
+    print(f"control: racecheck {'tells' if found else 'cannot tell'} races where warps of a CTA meet at mbarriers")
+    return found
 
 
 def gate(words: Sequence[str]) -> int:
@@ -209,13 +206,13 @@ def run(args: argparse.Namespace) -> int:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         raise TunerError("no compute-sanitizer on the PATH: it comes with the CUDA toolkit")
-    where = believable(sanitizer, target.arch, args.work) if "racecheck" in tools else NAMED
+    twins = "racecheck" in tools and follows_mbarriers(sanitizer, target.arch, args.work)
     kernels = list(subjects(args.tables, target.arch))
-    raced = with_twins(kernels, target.arch, args.work) if where == MBARRIER else kernels
+    raced = with_twins(kernels, target.arch, args.work) if twins else kernels
     parts = {tool: list(groups(raced if tool == "racecheck" else kernels)) for tool in tools}
     asked = [(g, t) for together in zip(*parts.values(), strict=True) for g, t in zip(together, parts, strict=True)]
     left = args.timeout - (time.monotonic() - begun)
-    found = examine_all(asked, sanitizer, args.work, args.jobs, left, unsure=where != NAMED)
+    found = examine_all(asked, sanitizer, args.work, args.jobs, left)
     number = sum(len(group) for group, _ in asked)
     counts = {word: found.count(word) for word in (CLEAN, UNSURE, FOUND)}
     said = ", ".join(f"{n} {word}" for word, n in counts.items())
@@ -229,13 +226,11 @@ def examine_all(
     work: Path,
     jobs: int,
     timeout_s: float,
-    *,
-    unsure: bool = False,
 ) -> list[str]:
     """Of each kernel and tool that there was time for: CLEAN, FOUND or UNSURE; a line on each.
 
-    UNSURE is what racecheck says of kernels with named barriers, their twins excepted, where ``unsure``, and of those
-    whose mbarriers were too many for it.
+    UNSURE is what racecheck says of kernels with named barriers, their twins excepted, and of those whose mbarriers
+    were too many for it.
     """
     work.mkdir(parents=True, exist_ok=True)
     deadline, stop = time.monotonic() + timeout_s, threading.Event()
@@ -255,7 +250,7 @@ def examine_all(
             return []
         said = []
         for subject in group:
-            untold = unsure and subject.named_barriers and not subject.twin
+            untold = subject.named_barriers and not subject.twin
             nothing = tool == "racecheck" and (untold or _OVERFLOW in text)
             said.append(UNSURE if nothing and status in (0, _FOUND) else FOUND if status else CLEAN)
             print(f"{said[-1]} {tool:9} {subject.name}: {summary(text)}", flush=True)

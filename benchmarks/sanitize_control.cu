@@ -1,7 +1,7 @@
 // A program that racecheck is asked about before our kernels. Its first argument names a race: 1 leaves out the CTA's
 // last barrier, 2 one of the meetings of a pair of warps, and with 3 a pair reads what another pair writes, which meets
-// elsewhere. The second says where pairs meet, each a different number of times: 1 at named barriers, 2 at mbarriers, as
-// kernels and their twins do; with 0 they do not meet.
+// elsewhere. With 1 for the second the pairs of warps meet, each a different number of times, at mbarriers, as in twins of
+// kernels.
 #include <cstdio>
 #include <cstdlib>
 
@@ -13,21 +13,16 @@ extern __shared__ __align__(128) unsigned char smem[];
 
 #include "sanitize_meeting.cuh"
 
-template <bool AT_MBARRIERS>
 __global__ void exchange(const int *rounds, int race, int *out) {
-    if constexpr (AT_MBARRIERS) open_meetings(WARPS / 2, 64);
+    open_meetings(WARPS / 2, 64);
     __shared__ int numbers[THREADS], sums[WARPS];
     const int thread = threadIdx.x, pair = thread / 64;
-    const auto sync_pair = [&] {
-        if constexpr (AT_MBARRIERS) meet(1 + pair, 64);
-        else sync_named(1 + pair, 64);
-    };
     int x = thread;
     for (int i = 0; i < rounds[pair]; ++i) {
         numbers[thread] = x;
-        if (race != 2) sync_pair();
+        if (race != 2) meet(1 + pair, 64);
         x += numbers[thread ^ (race == 3 ? 64 : 32)];
-        sync_pair();
+        meet(1 + pair, 64);
     }
     if (thread % 32 == 0) sums[thread / 32] = x;
     if (race != 1) __syncthreads();
@@ -35,14 +30,13 @@ __global__ void exchange(const int *rounds, int race, int *out) {
 }
 
 int main(int count, char **words) {
-    const int race = count > 1 ? std::atoi(words[1]) : 0, meeting = count > 2 ? std::atoi(words[2]) : 0;
-    const int paired = meeting > 0, host[WARPS / 2] = {3 * paired, paired, 0, 5 * paired};
+    const int race = count > 1 ? std::atoi(words[1]) : 0, pairs = count > 2 ? std::atoi(words[2]) : 0;
+    const int host[WARPS / 2] = {3 * pairs, pairs, 0, 5 * pairs};
     int *rounds, *out, found[THREADS];
     cudaMalloc(&rounds, sizeof host);
     cudaMalloc(&out, sizeof found);
     cudaMemcpy(rounds, host, sizeof host, cudaMemcpyHostToDevice);
-    if (meeting == 2) exchange<true><<<1, THREADS, MEETINGS_BYTES>>>(rounds, race, out);
-    else exchange<false><<<1, THREADS>>>(rounds, race, out);
+    exchange<<<1, THREADS, MEETINGS_BYTES>>>(rounds, race, out);
     if (cudaMemcpy(found, out, sizeof found, cudaMemcpyDeviceToHost) != cudaSuccess) return 2;
     std::printf("%d\n", found[0]);
     return 0;

@@ -160,7 +160,7 @@ def test_a_kernel_that_is_reported_is_told_apart_from_those_it_ran_with(
 
 
 @pytest.mark.parametrize(("status", "word"), [(9, "FOUND"), (0, "clean")])
-def test_where_racecheck_fails_the_control_kernels_with_such_barriers_are_unsure(
+def test_kernels_with_named_barriers_are_unsure_and_their_twins_are_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, word: str
 ) -> None:
     subjects = list(sanitize.subjects(PACKAGE_TABLES, "sm_90"))
@@ -171,9 +171,9 @@ def test_where_racecheck_fails_the_control_kernels_with_such_barriers_are_unsure
     tool.chmod(0o755)
     paired = replace(sliced, twin=True)
     asked = [([sliced], "racecheck"), ([sliced], "memcheck"), ([whole], "racecheck"), ([paired], "racecheck")]
-    for unsure, expected in ((True, ["unsure", word, word, word]), (False, [word] * 4)):
-        assert sanitize.examine_all(asked, str(tool), tmp_path, 1, 60, unsure=unsure) == expected
-        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == expected
+    expected = ["unsure", word, word, word]
+    assert sanitize.examine_all(asked, str(tool), tmp_path, 1, 60) == expected
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == expected
 
 
 def test_racecheck_that_loses_count_of_barriers_is_unsure(tmp_path: Path) -> None:
@@ -188,39 +188,37 @@ def test_racecheck_that_loses_count_of_barriers_is_unsure(tmp_path: Path) -> Non
     assert found == ["unsure", "clean"]
 
 
-TOLD, ALL, NONE = (0, 9), (0, 9, 9, 9), (0, 0, 0, 0)
+TOLD, ALL = (0, 9), (0, 9, 9, 9)
 
 
 @pytest.mark.parametrize(
     ("answers", "expected"),
     [
-        ((TOLD, ALL, NONE), sanitize.NAMED),
-        ((TOLD, NONE, ALL), sanitize.MBARRIER),
-        ((TOLD, (9, 9, 9, 9), ALL), sanitize.MBARRIER),
-        ((TOLD, (0, 9, 9, 0), ALL), sanitize.MBARRIER),
-        ((TOLD, (1, 9, 9, 9), ALL), sanitize.MBARRIER),
-        ((TOLD, NONE, (9, 9, 9, 9)), sanitize.NEITHER),
-        ((TOLD, NONE, (0, 9, 0, 9)), sanitize.NEITHER),
-        ((TOLD, NONE, (0, 9, 9, 0)), sanitize.NEITHER),
-        (((1, 9), ALL, ALL), "could not run"),
-        (((0, 0), ALL, ALL), "does not tell races"),
-        (((9, 9), ALL, ALL), "does not tell races"),
+        ((TOLD, ALL), True),
+        ((TOLD, (0, 0, 0, 0)), False),
+        ((TOLD, (9, 9, 9, 9)), False),
+        ((TOLD, (0, 9, 0, 9)), False),
+        ((TOLD, (0, 9, 9, 0)), False),
+        ((TOLD, (1, 9, 9, 9)), False),
+        (((1, 9), ALL), "could not run"),
+        (((0, 0), ALL), "does not tell races"),
+        (((9, 9), ALL), "does not tell races"),
     ],
 )
-def test_the_control_says_where_racecheck_can_be_believed(
-    tmp_path: Path, answers: tuple[tuple[int, ...], ...], expected: str
+def test_the_control_says_whether_racecheck_can_be_believed_about_twins(
+    tmp_path: Path, answers: tuple[tuple[int, ...], ...], expected: bool | str
 ) -> None:
     """The program is compiled; a script stands in the sanitizer's place, which needs a GPU."""
     tool = tmp_path / "sanitizer"
-    tool.write_text(f"#!{sys.executable}\nimport sys\nrace, meeting = map(int, sys.argv[-2:])\n")
+    tool.write_text(f"#!{sys.executable}\nimport sys\nrace, pairs = map(int, sys.argv[-2:])\n")
     with tool.open("a") as file:
-        file.write(f"sys.exit({answers}[meeting][race])\n")
+        file.write(f"sys.exit({answers}[pairs][race])\n")
     tool.chmod(0o755)
-    if expected.startswith("at "):
-        assert sanitize.believable(str(tool), "sm_90", tmp_path / "work") == expected
+    if isinstance(expected, bool):
+        assert sanitize.follows_mbarriers(str(tool), "sm_90", tmp_path / "work") == expected
     else:
         with pytest.raises(TunerError, match=expected):
-            sanitize.believable(str(tool), "sm_90", tmp_path / "work")
+            sanitize.follows_mbarriers(str(tool), "sm_90", tmp_path / "work")
     assert (tmp_path / "work" / "control").is_file()
 
 
