@@ -51,6 +51,8 @@ def draw(chooser: random.Random, problem: Problem, warps: int) -> dict[str, Valu
         values["lookup"] = "replicated" if problem.layout.format.key_codebook else "table"
     if values["words"] == "adjacent" and not has_unaligned_fields(SPACE.config(problem, values)):
         values["words"] = "strided"
+    if problem.layout.format.has_signs:
+        values["beginning"] = "ordered"
     if values["reduction"].startswith("cluster"):
         values["schedule"] = "grid"
     if values["reduction"] == "all" and values["schedule"] != "grid":
@@ -139,6 +141,7 @@ DEFAULT = default_config(Problem("decode", 128, 4, FORMAT))
 PERSISTENT = DEFAULT.with_(schedule="stream", reduction="kernel")
 SHARED = DEFAULT.with_(schedule="share", reduction="kernel")
 DEALT = DEFAULT.with_(schedule="deal", lookup="woven", query="paired", words="adjacent", tail="apart")
+EARLY = DEALT.with_(beginning="early")
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128, 4176, 8320])
@@ -158,6 +161,9 @@ def test_block_sizes(block_size: int) -> None:
         DEFAULT.with_(schedule="share", warps=1),
         DEALT,
         DEALT.with_(warps=1, reduction="kernel"),
+        EARLY,
+        PERSISTENT.with_(warps=1, beginning="early"),
+        DEFAULT.with_(lookup="shuffle", beginning="early"),
     ],
 )
 @pytest.mark.parametrize("splits", [1, 2, 7, 9, 13, 40])
@@ -193,6 +199,21 @@ def test_an_output_at_any_address(head_dim: int) -> None:
     assert not room[0] and not room[head_dim + 1 :: head_dim + 1].any()  # nothing between the heads is touched
 
 
+@pytest.mark.parametrize("schedule", ["grid", "deal"])
+@pytest.mark.parametrize(("head_dim", "gqa", "warps"), [(64, 3, 1), (128, 16, 4), (256, 16, 1), (512, 4, 2)])
+def test_a_query_at_any_address(head_dim: int, gqa: int, warps: int, schedule: str) -> None:
+    """Rows that are read ahead: as vectors, and from an odd element on, heads one element further apart than they are
+    long. One warp that has more rows of 256 than it holds at a time is among them."""
+    config = default_config(Problem("decode", head_dim, gqa, FORMAT))
+    config = config.with_(warps=warps, dim_warps=1, stages=1, schedule=schedule, beginning="early")
+    case = small_case(config, (100, 40, 0))
+    batch, heads, _ = case.query.shape
+    room = torch.zeros(batch * heads * (head_dim + 1) + 1, dtype=case.query.dtype)
+    moved = room[1:].as_strided((batch, heads, head_dim), (heads * (head_dim + 1), head_dim + 1, 1)).copy_(case.query)
+    check(config, case)
+    assert torch.equal(emulate_decode(config, replace(case, query=moved), 3), emulate_decode(config, case, 3))
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_scaled_levels_are_nearly_halves(bits: int) -> None:
     plan = DecodePlan(default_config(Problem("decode", 128, 4, f"turboquant_{bits}bit_nc")))
@@ -215,7 +236,7 @@ def test_one_block_table_row_for_all_requests() -> None:
     check(DEFAULT, expanded)
 
 
-@pytest.mark.parametrize("config", [PERSISTENT, SHARED, SHARED.with_(reduction="last"), DEALT])
+@pytest.mark.parametrize("config", [PERSISTENT, SHARED, SHARED.with_(reduction="last"), DEALT, EARLY])
 def test_many_requests_in_the_persistent_queue(config: Config) -> None:
     lengths = tuple((7 * i) % 50 for i in range(70))
     for splits in (3, 50, 70, 100):

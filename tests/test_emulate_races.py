@@ -157,8 +157,11 @@ KERNELS = [
     BULK,
     CLUSTERED,
     decode("turboquant_outlier", 64, 8, warps=2, load="direct", stages=1, reduction="cluster2"),
-    decode(FORMAT, 256, 16, warps=2, tokens=32, stages=1, query="joined", tail="apart", reduction="all"),
+    decode(
+        FORMAT, 256, 16, warps=2, tokens=32, stages=1, query="joined", tail="apart", reduction="all", beginning="early"
+    ),
     decode(FORMAT, 128, 4, lookup="woven", query="paired", words="adjacent", schedule="deal", reduction="all"),
+    decode(FORMAT, 128, 4, lookup="woven", query="paired", schedule="deal", reduction="all", beginning="early"),
 ]
 
 
