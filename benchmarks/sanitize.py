@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
@@ -234,6 +235,8 @@ def examine_all(
     """
     work.mkdir(parents=True, exist_ok=True)
     deadline, stop = time.monotonic() + timeout_s, threading.Event()
+    cores = max(1, (os.cpu_count() or 1) // jobs)  # for the reference: a thread per core in every process is slower
+    env = {"OMP_NUM_THREADS": str(cores)} | os.environ
 
     def examine(group: Sequence[Subject], tool: str) -> list[str]:
         left = deadline - time.monotonic()
@@ -242,7 +245,7 @@ def examine_all(
         more = f"-and-{len(group) - 1}-more" if len(group) > 1 else ""
         log = work / f"{group[0].kernel.id}-{tool}{more}.log"
         with log.open("w") as file:
-            status = run_bounded(command(tool, sanitizer, group), file, left, stop=stop)
+            status = run_bounded(command(tool, sanitizer, group), file, left, stop=stop, env=env)
         text = log.read_text()
         if len(group) > 1 and (status or _OVERFLOW in text):
             return [word for subject in group for word in examine([subject], tool)]
