@@ -263,10 +263,18 @@ def test_branches_of_splits(cache_format: str, schedule: str) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["grid", "deal"])
-@pytest.mark.parametrize("cache_format", ["turboquant_4bit_nc", "turboquant_outlier"])
-def test_contributors_that_wait_for_each_other(cache_format: str, schedule: str) -> None:
+@pytest.mark.parametrize(
+    ("cache_format", "early"),
+    [
+        ("turboquant_4bit_nc", {}),
+        ("turboquant_4bit_nc", {"warps": 2, "beginning": "early"}),
+        ("turboquant_outlier", {}),
+    ],
+)
+def test_contributors_that_wait_for_each_other(cache_format: str, early: dict[str, Value], schedule: str) -> None:
     """One at a time, where all but the last give up waiting, and together; up to more of them than there are shares."""
     config = default_config(Problem("decode", 64, 6, cache_format)).with_(reduction="all", schedule=schedule, warps=1)
+    config = config.with_(**early)
     case = small_case(config, (1300, 0, 1, 16 * 9, 33))
     for splits in (1, 9, 33, 70):
         check(config, case, splits)
@@ -275,12 +283,14 @@ def test_contributors_that_wait_for_each_other(cache_format: str, schedule: str)
     assert torch.equal(emulate_decode(config, case, 70), emulate_decode(config, case, 70, seed=3, concurrent_ctas=8))
 
 
+@pytest.mark.parametrize("beginning", ["ordered", "early"])
 @pytest.mark.parametrize(("patience", "concurrent_ctas"), [(0, 1), (0, 200), (1, 3), (100_000, 200)])
 def test_shares_are_added_up_once_however_long_one_waits(
-    patience: int, concurrent_ctas: int, monkeypatch: pytest.MonkeyPatch
+    patience: int, concurrent_ctas: int, beginning: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Right sums, and counters at zero, say that each share was taken once."""
-    config = default_config(Problem("decode", 64, 6, "turboquant_4bit_nc")).with_(reduction="all", warps=1)
+    config = default_config(Problem("decode", 64, 6, "turboquant_4bit_nc"))
+    config = config.with_(reduction="all", warps=2, beginning=beginning)
     monkeypatch.setattr(DecodePlan, "patience", patience)
     case = small_case(config, (700, 0, 33, 90))
     for seed in range(3):

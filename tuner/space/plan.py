@@ -22,6 +22,9 @@ _SQUARE_MIDDLE = {3: 0.59765625, 4: 0.755859375}
 2^-8 what moves their sum over a row least (relative error at head dim 128: 9.6e-6 and 4.6e-6; without it 1.9e-5 and
 2.3e-5)."""
 
+_SM_REGISTERS = 65536
+"""Of all targets."""
+
 _LEAST_MERGE_BYTES = 16 * 1024
 """Shared memory that merging may take where staging is smaller."""
 
@@ -222,6 +225,13 @@ class DecodePlan:
 
     patience = 40
     """Times that a contributor looks whether all have come before it leaves its share to the last one."""
+
+    @property
+    def sums_ahead(self) -> int:
+        """Contributions whose sums travel at a time where a warp adds up a row: what half its registers hold, 2 to 8."""
+        threads = 32 * self.config["warps"] * self.config["min_ctas"]
+        per_lane = self.config.problem.layout.block_d // 32
+        return int(min(max(_SM_REGISTERS // threads // 2 // per_lane, 2), 8))
 
     branch = 8
     """Contributions to a request that one CTA adds up where ``reduction`` is "tree"."""
