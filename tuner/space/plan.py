@@ -228,7 +228,7 @@ class DecodePlan:
 
     @property
     def sums_ahead(self) -> int:
-        """Contributions whose sums travel at a time where a warp adds up a row: half its registers hold them; 2 to 8."""
+        """Contributions to a row whose sums travel at a time: as many as half a warp's registers hold, 2 to 8."""
         threads = 32 * self.config["warps"] * self.config["min_ctas"]
         per_lane = self.config.problem.layout.block_d // 32
         return int(min(max(_SM_REGISTERS // threads // 2 // per_lane, 2), 8))
