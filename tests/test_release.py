@@ -44,6 +44,36 @@ def test_time_ends_a_step_and_the_rest(tmp_path: Path, monkeypatch: pytest.Monke
     assert carry_out([slow, step("later", "pass")], tmp_path / "b", 1.2) == ["slow", "later"]
 
 
+def test_gpus_share_the_steps_and_wait_for_what_comes_before(tmp_path: Path) -> None:
+    """Two that wait for each other run at the same time, each with a GPU of its own; one that comes after a group waits
+    for all of it, though some of it failed.
+    """
+    (tmp_path / "met").mkdir()
+    code = (
+        "import os, sys, time; from pathlib import Path; folder = Path({folder!r})\n"
+        "(folder / os.environ['CUDA_VISIBLE_DEVICES']).touch(); end = time.monotonic() + 30\n"
+        "while len(list(folder.iterdir())) < 2 and time.monotonic() < end: time.sleep(0.05)\n"
+        "sys.exit(0 if len(list(folder.iterdir())) == 2 else 3)"
+    ).format(folder=str(tmp_path / "met"))
+    seen = f"import os; assert sorted(os.listdir({str(tmp_path / 'met')!r})) == ['4', '7']"
+    last = replace(step("last", seen), group="more", after=("group",))
+    bad = step("bad", "raise SystemExit(1)")
+    steps = [last, step("a", code), step("b", code), bad]
+    assert carry_out(steps, tmp_path / "work", 90, gpus=("4", "7")) == ["bad"]
+    assert set(json.loads((tmp_path / "work/done.json").read_text())) == {"last", "a", "b"}
+
+
+def test_an_order_of_all_steps_exists() -> None:
+    line, taken = release.Line(STEPS), list[Step]()
+    while (one := line.take()) is not None:
+        assert not [s for s in STEPS if s not in taken and (s.name in one.after or (s.group in one.after and s != one))]
+        taken.append(one)
+        line.end(one)
+    assert sorted(s.name for s in taken) == sorted(s.name for s in STEPS)
+    known = {n for s in STEPS for n in (s.name, s.group)}
+    assert all(n in known for s in STEPS for n in s.after)
+
+
 def test_what_a_step_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child that ignores interrupts goes too, and one that can clean up has the time to."""
     monkeypatch.setattr(command, "_STOP_S", 1.0)
@@ -90,7 +120,8 @@ def test_benchmarks_run_the_new_tables(tmp_path: Path) -> None:
 
 
 def test_only_takes_steps_and_groups() -> None:
-    assert [s.name for s in chosen(STEPS, "grid")] == ["grid", "grid-formats"]
+    grid = [f"grid-{n}" for n in (1, 2, 3, 4)]
+    assert [s.name for s in chosen(STEPS, "grid")] == [*grid, "grid", "grid-formats"]
     assert [s.name for s in chosen(STEPS, "tune-store-d128,engine")] == ["tune-store-d128", "engine"]
     assert chosen(STEPS, "") == list(STEPS) and len({s.name for s in STEPS}) == len(STEPS)
     with pytest.raises(UsageError, match="nonsense"):
