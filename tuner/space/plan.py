@@ -88,6 +88,11 @@ class DecodePlan:
         return bool(self.config["beginning"] == "early")
 
     @property
+    def fills_before(self) -> bool:
+        """The lookup table is filled while one warp reckons; else while tokens are on their way."""
+        return self.early and self.dealt and self.lookup_bytes > 0
+
+    @property
     def held_rows(self) -> int:
         """Rows of the query that a warp asks for at a time where it asks early: all, or what 32 registers hold."""
         per_lane = self.config.problem.layout.block_d // 32
