@@ -155,6 +155,21 @@ def test_shares_spare_ragged_batches_a_second_beginning() -> None:
     assert _quotas(shared, many, few) == _quotas(stream, many, few)
 
 
+@pytest.mark.parametrize("batch", [16, 32, 64, 128])
+def test_beginnings_lie_in_the_row_that_is_divided(batch: int) -> None:
+    """A CTA that begins several short requests gets fewer tokens, and takes no longer than others."""
+    ragged, ctas = Bucket(batch, 65536, ragged=True), 132
+    dealt = default_config(PROBLEM).with_(schedule="deal")
+    plan = DecodePlan(dealt)
+    longest, groups = {}, sum(-(-n // 16) for n in ragged.lengths())
+    for beginning in ("ordered", "early"):
+        work, sharers = _quotas(dealt.with_(beginning=beginning), ragged, ctas)
+        assert sum(n for n, _ in work) <= ctas and len(sharers) == batch
+        longest[beginning] = max(most for _, most in work)
+    lead = plan.beginning_steps * plan.token_warps * plan.tiles
+    assert longest["early"] <= -(-(groups + batch * lead) // ctas) < longest["ordered"]
+
+
 @pytest.mark.parametrize("arch", ["sm_90", "sm_121"])
 def test_bounds_and_terms(kernels: dict[tuple[Config, str], tuple[Built, sass.SassFacts]], arch: str) -> None:
     """No prediction beats the memory limit; the terms add up; more work takes longer."""

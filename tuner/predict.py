@@ -72,20 +72,44 @@ def _quotas(config: Config, bucket: Bucket, splits: int) -> tuple[list[tuple[int
     groups = [-(-n // GROUP_TOKENS) for n in bucket.lengths()]
     if config["schedule"] == "grid":
         return _cut(groups, [_piece(g, splits, least) for g in groups])
-    quota = max(-(-sum(groups) // splits), least)
+    beginning = plan.beginning_steps * least
+    lead = beginning if plan.early and plan.shares else 0  # what beginnings take lies in the row, too
+    quota = max(-(-(sum(groups) + lead * len(groups)) // splits), least)
     pieces = splits // bucket.batch
     if plan.shares:
-        lengths = ((-(-quota // least) + k) * least for k in range(plan.beginning_steps + 1))
-        length = next((n for n in lengths if sum(-(-g // n) for g in groups) <= splits), None)
-        if length is not None:
+        shortest = max(-(-sum(groups) // (splits * least)), 1)
+        lengths = ((shortest + k) * least for k in range(plan.beginning_steps + 1))
+        fits = (n for n in lengths if sum(-(-g // n) for g in groups) <= splits)
+        length = next(fits, None)
+        if length is not None and (not lead or length <= max(quota, shortest * least)):
             return _cut(groups, [length] * len(groups))
-    elif pieces and _piece(max(groups), pieces, least) <= quota + plan.beginning_steps * least:
+    elif pieces and _piece(max(groups), pieces, least) <= quota + beginning:
         return _cut(groups, [_piece(g, pieces, least) for g in groups])
+    if lead:
+        return _row_with_beginnings(groups, lead, quota)
     ends = list(itertools.accumulate(groups, initial=0))
     again = Counter(b // quota for b in set(ends[1:-1]) if b % quota)  # how often a CTA begins anew
     often = Counter(again.values()) + Counter({0: -(-ends[-1] // quota) - len(again)})
-    shares = [(number, quota + times * plan.beginning_steps * least) for times, number in often.items()]
+    shares = [(number, quota + times * beginning) for times, number in often.items()]
     return shares, [-(-b // quota) - a // quota for a, b in itertools.pairwise(ends)]
+
+
+def _row_with_beginnings(groups: Sequence[int], lead: int, quota: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """As ``_quotas``, where each request has ``lead`` before its groups in the row that is cut into quotas.
+
+    A CTA's first beginning is none of its groups, a later one takes as long as ``lead`` of them.
+    """
+    work, sharers, at = Counter[int](), [], 0
+    for number in groups:
+        begin, end = at + lead, at + lead + number
+        first, last = begin // quota, (end - 1) // quota
+        for cta in range(first, last + 1):
+            if cta in work:
+                work[cta] += lead
+            work[cta] += min(end, (cta + 1) * quota) - max(begin, cta * quota)
+        sharers.append(last - first + 1)
+        at = end
+    return [(ctas, most) for most, ctas in Counter(work.values()).items()], sharers
 
 
 def _cut(groups: Sequence[int], lengths: Sequence[int]) -> tuple[list[tuple[int, int]], list[int]]:
