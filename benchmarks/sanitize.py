@@ -212,6 +212,7 @@ def run(args: argparse.Namespace) -> int:
     raced = with_twins(kernels, target.arch, args.work) if twins else kernels
     parts = {tool: list(groups(raced if tool == "racecheck" else kernels)) for tool in tools}
     asked = [(g, t) for together in zip(*parts.values(), strict=True) for g, t in zip(together, parts, strict=True)]
+    asked.sort(key=lambda a: -a[0][0].table.problem.head_dim)  # what takes longest first: nothing waits for it alone
     left = args.timeout - (time.monotonic() - begun)
     found = examine_all(asked, sanitizer, args.work, args.jobs, left)
     number = sum(len(group) for group, _ in asked)
