@@ -93,6 +93,12 @@ class DecodePlan:
         return self.early and self.dealt and self.lookup_bytes > 0
 
     @property
+    def files_first(self) -> bool:
+        """The query is filed while the ids of blocks travel, not while tokens do: where every lane asks for tokens,
+        asking takes as long as the first of them."""
+        return self.early and self.config["load"] == "cp_async"
+
+    @property
     def held_rows(self) -> int:
         """Rows of the query that a warp asks for at a time where it asks early: all, or what 32 registers hold."""
         per_lane = self.config.problem.layout.block_d // 32
