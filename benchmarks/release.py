@@ -35,6 +35,7 @@ from tuner.table.install import TABLE_PATTERN  # noqa: E402
 from tuner.table.store import FOLDER_VARIABLE, PACKAGE_TABLES  # noqa: E402
 
 TAIL_LINES = 6
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _LEAST_S = 15.0
 """A step is not begun with less time than this."""
 
@@ -112,7 +113,13 @@ def argv(step: Step, work: Path) -> list[str]:
 def environment(step: Step, work: Path, gpu: str | None = None) -> dict[str, str]:
     """Ours; a step that benchmarks what the API chooses finds ``work``'s tables first; of GPUs it sees ``gpu`` only."""
     new = {FOLDER_VARIABLE: str(work / "tables")} if step.group in ("store", "models") else {}
-    return os.environ | new | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    return os.environ | new | ({} if gpu is None else {_VISIBLE: visible(gpu)})
+
+
+def visible(gpu: str) -> str:
+    """What a process that is to see only GPU ``gpu`` of those that this one sees has in CUDA_VISIBLE_DEVICES."""
+    ours = [name for name in os.environ.get(_VISIBLE, "").split(",") if name]
+    return ours[int(gpu)] if ours else gpu
 
 
 class Ledger:

@@ -8,12 +8,13 @@ from functools import lru_cache
 
 import pytest
 import torch
-from emulated import emulate_decode, worst_head_error
+from decode_emulated import check, small_case
+from emulated import emulate_decode
 
-from tuner.emulate import EmulationError, compile_many
+from tuner.emulate import compile_many
 from tuner.formats import FORMATS, HEAD_DIMS, slot_layout
 from tuner.launch import cache_order
-from tuner.reference import Case, Codec, bulk_case, codebook, make_cache, store, synthetic_cache
+from tuner.reference import Case, Codec, bulk_case, codebook, make_cache, store
 from tuner.render import render
 from tuner.space import Config, Problem, default_config, get_space, seed_config
 from tuner.space.core import Value
@@ -28,7 +29,6 @@ from tuner.targets import get_target
 SPACE = get_space("decode")
 WARPS = (1, 2, 4, 8, 16)
 GROUPS = (4, 1, 8, 5, 16, 2, 6, 7, 3, 12)
-TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3}
 
 
 def draw(chooser: random.Random, problem: Problem, warps: int) -> dict[str, Value]:
@@ -83,20 +83,6 @@ def matrix() -> tuple[Config, ...]:
             used[pair] = used.get(pair, 0) + 1
         configs.append(best)
     return tuple(configs)
-
-
-def check(config: Config, case: Case, splits: int = 3, **options: int) -> None:
-    out = emulate_decode(config, case, splits, **options)
-    error = worst_head_error(out, case.expected())
-    assert error <= TOLERANCE[case.query.dtype], config.describe()
-
-
-def small_case(config: Config, lengths: tuple[int, ...] = (0, 1, 70, 17), **options: object) -> Case:
-    # Bulk copies of token-major caches take all of a cache's heads at once.
-    kv_heads = {"bulk": 1, "bulk_rows": 2}.get(config["load"], 0) * config["head_warps"] or 2
-    p = config.problem
-    options.setdefault("order", "head" if config["load"] == "bulk" and kv_heads % 2 == 0 else "token")
-    return synthetic_cache(p.layout, lengths, q_heads=p.gqa * kv_heads, kv_heads=kv_heads, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -248,106 +234,6 @@ def test_peaked_softmax_and_huge_queries() -> None:
     case = small_case(DEFAULT, (200, 50))
     huge = replace(case, query=case.query * 2.0**100, scale=case.scale * 2.0**-100)
     check(DEFAULT, huge)
-
-
-@pytest.mark.parametrize("schedule", ["grid", "stream", "share", "deal"])
-@pytest.mark.parametrize("cache_format", ["turboquant_4bit_nc", "turboquant_outlier"])
-def test_branches_of_splits(cache_format: str, schedule: str) -> None:
-    """Around one branch, around whole branches, with a last branch of one, and with more branches than fit in one."""
-    config = default_config(Problem("decode", 64, 2, cache_format))
-    config = config.with_(reduction="tree", schedule=schedule, warps=1)
-    case = small_case(config, (1300, 0, 1, 16 * 9, 33))
-    for splits in (1, 8, 9, 16, 17, 70):
-        check(config, case, splits)
-    assert torch.equal(emulate_decode(config, case, 70), emulate_decode(config, case, 70, seed=3, concurrent_ctas=8))
-
-
-@pytest.mark.parametrize("schedule", ["grid", "deal"])
-@pytest.mark.parametrize(
-    ("cache_format", "early"),
-    [
-        ("turboquant_4bit_nc", {}),
-        ("turboquant_4bit_nc", {"warps": 2, "beginning": "early"}),
-        ("turboquant_outlier", {}),
-    ],
-)
-def test_contributors_that_wait_for_each_other(cache_format: str, early: dict[str, Value], schedule: str) -> None:
-    """One at a time, where all but the last give up waiting, and together; up to more of them than there are shares."""
-    config = default_config(Problem("decode", 64, 6, cache_format)).with_(reduction="all", schedule=schedule, warps=1)
-    config = config.with_(**early)
-    case = small_case(config, (1300, 0, 1, 16 * 9, 33))
-    for splits in (1, 9, 33, 70):
-        check(config, case, splits)
-    for splits in (9, 70):
-        check(config, case, splits, seed=splits, concurrent_ctas=200)
-    assert torch.equal(emulate_decode(config, case, 70), emulate_decode(config, case, 70, seed=3, concurrent_ctas=8))
-
-
-@pytest.mark.parametrize("beginning", ["ordered", "early"])
-@pytest.mark.parametrize(("patience", "concurrent_ctas"), [(0, 1), (0, 200), (1, 3), (100_000, 200)])
-def test_shares_are_added_up_once_however_long_one_waits(
-    patience: int, concurrent_ctas: int, beginning: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Right sums, and counters at zero, say that each share was taken once."""
-    config = default_config(Problem("decode", 64, 6, "turboquant_4bit_nc"))
-    config = config.with_(reduction="all", warps=2, beginning=beginning)
-    monkeypatch.setattr(DecodePlan, "patience", patience)
-    case = small_case(config, (700, 0, 33, 90))
-    for seed in range(3):
-        check(config, case, 12, seed=seed, concurrent_ctas=concurrent_ctas)
-
-
-def test_who_waits_long_enough_leaves_nothing_to_the_last() -> None:
-    config = default_config(Problem("decode", 64, 6, "turboquant_4bit_nc")).with_(reduction="all", warps=1)
-    source = render(config)
-    quits = "if (looks == PATIENCE &&"
-    assert source.text.count(quits) == 1
-    trapped = replace(source, text=source.text.replace(quits, f"if (looks == PATIENCE) trap();\n        {quits}"))
-    case = small_case(config, (700, 33))
-    out = emulate_decode(config, case, 12, source=trapped, concurrent_ctas=200)
-    assert worst_head_error(out, case.expected()) <= TOLERANCE[case.query.dtype]
-    with pytest.raises(EmulationError, match="ended with -4"):
-        emulate_decode(config, case, 12, source=trapped)
-
-
-CLUSTERED = [
-    ("turboquant_4bit_nc", 64, 1, {"warps": 1}),
-    ("turboquant_4bit_nc", 128, 4, {"warps": 4, "head_warps": 2, "lookup": "spread"}),
-    ("turboquant_4bit_nc", 256, 8, {"warps": 4, "dim_warps": 2, "lookup": "spread"}),
-    ("turboquant_4bit_nc", 512, 16, {"warps": 8, "dim_warps": 4}),
-    ("turboquant_3bit_nc", 128, 6, {"warps": 2, "dim_warps": 2, "load": "direct", "stages": 1}),
-    ("turboquant_k3v4_nc", 256, 4, {"warps": 4, "head_warps": 4, "load": "bulk", "stages": 1}),
-    ("turboquant_k8v4", 512, 8, {"warps": 2, "dim_warps": 2, "stages": 1}),
-    ("turboquant_k8v4", 64, 16, {"warps": 4, "head_warps": 4, "load": "bulk_rows"}),
-    ("turboquant_outlier", 128, 4, {"warps": 2, "dim_warps": 2}),
-    ("turboquant_outlier", 64, 6, {"warps": 2, "math": "fma", "accumulate": "f32"}),
-    ("turboquant_seed", 128, 8, {"warps": 2, "head_warps": 2}),
-]
-"""Formats, head dims, groups and layouts of CTAs that a cluster has to add up."""
-
-
-@pytest.mark.parametrize("index", range(len(CLUSTERED)))
-def test_clusters_of_splits(index: int) -> None:
-    """Fewer parts than a cluster has CTAs, whole clusters and one more, and clusters of which only some have parts."""
-    cache_format, head_dim, gqa, values = CLUSTERED[index]
-    size = (8, 2, 4)[index % 3]
-    problem = Problem("decode", head_dim, gqa, cache_format)
-    config = default_config(problem).with_(reduction=f"cluster{size}", **values)
-    refused = [c.name for c in SPACE.refusals(config, get_target("sm_90"))]
-    assert refused == []
-    step = 16 * DecodePlan(config).token_warps * DecodePlan(config).tiles
-    case = small_case(config, (0, 66 * step + 1, 1, 9 * step, 3 * step - 5))
-    for splits in (1, 3, size, size + 1, 2 * size, 40, 66):
-        check(config, case, splits, seed=splits, concurrent_ctas=1 + splits % 9)
-    assert torch.equal(emulate_decode(config, case, 40), emulate_decode(config, case, 40, seed=3, concurrent_ctas=20))
-
-
-@pytest.mark.parametrize("head_warps", [2, 4])
-def test_clusters_of_more_heads_than_there_are(head_warps: int) -> None:
-    config = DEFAULT.with_(warps=4, head_warps=head_warps, reduction="cluster8")
-    case = synthetic_cache(config.problem.layout, (700, 33), q_heads=12, kv_heads=3)
-    for splits in (3, 20):
-        check(config, case, splits)
 
 
 @pytest.mark.parametrize("cache_format", ["turboquant_4bit_nc", "turboquant_k3v4_nc", "turboquant_k8v4"])

@@ -63,6 +63,16 @@ def test_gpus_share_the_steps_and_wait_for_what_comes_before(tmp_path: Path) -> 
     assert set(json.loads((tmp_path / "work/done.json").read_text())) == {"last", "a", "b"}
 
 
+@pytest.mark.parametrize(("ours", "expected"), [(None, "1"), ("", "1"), ("2,3", "3"), ("GPU-a,GPU-b", "GPU-b")])
+def test_a_step_sees_one_of_the_gpus_that_are_seen_here(
+    ours: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if ours is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ours)
+    assert release.environment(STEPS[0], Path(), "1")["CUDA_VISIBLE_DEVICES"] == expected
+
+
 def test_an_order_of_all_steps_exists() -> None:
     line, taken = release.Line(STEPS), list[Step]()
     while (one := line.take()) is not None:

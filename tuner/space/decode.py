@@ -239,8 +239,8 @@ def _bulk(problem: Problem, kv_heads: int, most: int) -> dict[str, Value]:
 def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     """What won before, scaled to the problem, with what came later beside it.
 
-    Large batches: bulk copies of all KV heads, the pair table shared by many warps, tokens divided evenly (by quotas
-    in what won; pieces of requests, which spare ragged batches a second beginning, came later and stand beside them).
+    Large batches: bulk copies of all KV heads, the pair table shared by many warps, tokens divided evenly: by requests
+    where these are as long, else in pieces of them or in quotas that count beginnings.
     Small batches: every SM gets a piece of one head; channels divided among warps shorten a step, branches and clusters
     the merging.
     """

@@ -99,14 +99,6 @@ class DecodePlan:
         return self.early and self.config["load"] == "cp_async"
 
     @property
-    def held_rows(self) -> int:
-        """Rows of the query that a warp asks for at a time where it asks early: all, or what 32 registers hold."""
-        per_lane = self.config.problem.layout.block_d // 32
-        rows = -(-self.config["head_warps"] * self.config.problem.gqa // self.config["warps"])
-        rows += rows % 2 if per_lane < 16 and rows > 1 else 0  # two are rotated together
-        return int(min(rows, 64 // per_lane))
-
-    @property
     def shares(self) -> bool:
         """A persistent grid, whose CTAs take pieces of requests."""
         return self.config["schedule"] in ("share", "deal")

@@ -1,0 +1,25 @@
+"""Small caches for ``wph_decode`` on the emulator, and what its output may differ by from the reference."""
+
+from __future__ import annotations
+
+import torch
+from emulated import emulate_decode, worst_head_error
+
+from tuner.reference import Case, synthetic_cache
+from tuner.space import Config
+
+TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3}
+
+
+def check(config: Config, case: Case, splits: int = 3, **options: int) -> None:
+    out = emulate_decode(config, case, splits, **options)
+    error = worst_head_error(out, case.expected())
+    assert error <= TOLERANCE[case.query.dtype], config.describe()
+
+
+def small_case(config: Config, lengths: tuple[int, ...] = (0, 1, 70, 17), **options: object) -> Case:
+    # Bulk copies of token-major caches take all of a cache's heads at once.
+    kv_heads = {"bulk": 1, "bulk_rows": 2}.get(config["load"], 0) * config["head_warps"] or 2
+    p = config.problem
+    options.setdefault("order", "head" if config["load"] == "bulk" and kv_heads % 2 == 0 else "token")
+    return synthetic_cache(p.layout, lengths, q_heads=p.gqa * kv_heads, kv_heads=kv_heads, **options)  # type: ignore[arg-type]
