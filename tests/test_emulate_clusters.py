@@ -1,4 +1,5 @@
-"""The emulator's clusters: CTAs that run together, meet, and read each other's shared memory between two meetings."""
+"""The emulator's clusters: CTAs that run together, meet, and read each other's shared memory between two meetings, or
+store there."""
 
 from __future__ import annotations
 
@@ -41,6 +42,13 @@ def test_ctas_read_their_neighbours(root, seed):
 
 
 @SEEDS
+def test_ctas_store_in_their_neighbours(root, seed):
+    out = run(root, "stored_words", 7, seed=seed, concurrent_ctas=1 + 2 * seed)
+    expected = [64 * (cta // 4 * 4 + (cta + 3) % 4) + (np.arange(64) ^ 32) for cta in range(8)]
+    np.testing.assert_array_equal(out, expected)
+
+
+@SEEDS
 def test_addresses_of_shared_memory_tell_the_cta(root, seed):
     np.testing.assert_array_equal(run(root, "by_address", 1, seed=seed), np.arange(512).reshape(8, 64))
 
@@ -64,6 +72,12 @@ def test_what_lies_behind_an_ordering_barrier_may_be_read(root, seed, n):
         ("no_such_cta", -1, r"CTA -1 of a cluster of 4"),
         ("by_address", 0, r"an address of CTA 0 of the cluster, expected one of CTA [123]"),
         ("one_stays_away", 0, r"deadlock: 64 threads wait at sync_cluster"),
+        ("stored_words", 5, r"nothing says that CTA \d of the cluster has begun: expected wait_cluster"),
+        ("stored_words", 4, r"nothing says that CTA \d of the cluster has begun: expected wait_cluster"),
+        ("stored_words", 6, "wait_cluster: the warp has not arrived, expected arrive_cluster"),
+        ("stored_words", 15, "arrive_cluster: the warp has arrived already, expected wait_cluster"),
+        ("stored_words", 3, r"CTA \d of the cluster (exits while a store_cluster|has exited)"),
+        ("stored_words", 23, "store_cluster: CTA 4 of a cluster of 4"),
     ],
 )
 def test_what_a_cluster_does_wrong_is_named_under_every_seed(root, seed, entry, n, message):

@@ -62,3 +62,21 @@ extern "C" __global__ void __cluster_dims__(4, 1, 1) by_address(const __grid_con
     const unsigned start = shared_address(numbers);
     p.out[64 * blockIdx.x + threadIdx.x] = static_cast<float>(load_shared((p.n ? start : 1024) + 4 * threadIdx.x));
 }
+// Each CTA's words go into the next one's memory, whose mbarrier counts them. Bits of n: what is there.
+extern "C" __global__ void __cluster_dims__(4, 1, 1) stored_words(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) float words[];
+    const int i = static_cast<int>(threadIdx.x), cta = static_cast<int>(blockIdx.x);
+    auto *bar = reinterpret_cast<unsigned long long *>(words + 64);
+    if (i == 0) {
+        mbarrier_init(bar, 1);
+        mbarrier_fence_init();
+        mbarrier_arrive_expect(bar, 256);
+    }
+    if (p.n & 1) arrive_cluster();
+    if (p.n & 8) arrive_cluster();
+    if (p.n & 2) wait_cluster();
+    store_cluster(words + i, (cta + (p.n & 16 ? 4 - cta : 1)) % (p.n & 16 ? 8 : 4), static_cast<float>(64 * cta + i), bar);
+    sync_cta();
+    if (p.n & 4) mbarrier_wait_cluster(bar, 0);
+    p.out[64 * cta + i] = words[i ^ 32];
+}

@@ -184,6 +184,42 @@ void sync_cluster(bool ordered, const char *name, int line) {
     if (ordered) happens_after(token);
 }
 
+void arrive_cluster(int line) {
+    Warp &warp = *current->warp;
+    Cluster &cluster = *warp.cta->cluster;
+    if (!join("arrive_cluster", line)) return;
+    if (warp.owes_wait) fail(line, "arrive_cluster: the warp has arrived already, expected wait_cluster");
+    warp.owes_wait = true;
+    warp.cluster_round = cluster.rounds;
+    NamedBarrier &barrier = cluster.barrier;
+    barrier.arrived += static_cast<int>(kLanes);
+    if (barrier.arrived == static_cast<int>(cluster.ctas.size() * blockDim.x)) {
+        for (Cta *cta : cluster.ctas) settle(*cta, false);
+        for (Warp *waiting : barrier.waiting) wake(*waiting, kFullWarp);
+        barrier.waiting.clear();
+        barrier.arrived = 0;
+        ++cluster.rounds;
+    }
+    release(warp);
+}
+
+void wait_cluster(int line) {
+    Warp &warp = *current->warp;
+    Cluster &cluster = *warp.cta->cluster;
+    if (join("wait_cluster", line)) {
+        if (!warp.owes_wait) fail(line, "wait_cluster: the warp has not arrived, expected arrive_cluster");
+        warp.owes_wait = false;
+        if (warp.cluster_round != cluster.rounds) {
+            release(warp);
+        } else {
+            warp.arrived = 0;
+            cluster.barrier.waiting.push_back(&warp);
+            park("wait_cluster", line);
+        }
+    }
+    happens_after(&cluster);
+}
+
 void mma(float *c, const unsigned (&ab)[6], Element element, const char *name, int line) {
     const unsigned self = current->index;
     Warp &warp = *current->warp;

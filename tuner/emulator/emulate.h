@@ -75,6 +75,11 @@ void yield_lane();
 void sync_cluster(bool ordered, const char *name, int line);  // `ordered`: memory, too
 // Copies what CTA `rank` of the cluster holds where `p` is in this CTA's shared memory.
 void load_cluster(void *to, const void *p, int rank, int bytes, int line);
+// The two halves of a barrier of the cluster that orders no memory.
+void arrive_cluster(int line);
+void wait_cluster(int line);
+// Stores `bytes` bytes in CTA `rank` where `p` is in this one; they are there once its mbarrier `bar` has counted them.
+void store_cluster(void *p, int rank, const void *value, int bytes, unsigned long long *bar, int line);
 // What the current lane did before the former precedes what any lane does after a later call of the latter with the
 // same token, which is any address. For the sanitizer only.
 void happens_before(const void *token);
@@ -88,6 +93,7 @@ void copy_async(void *shared, const void *global, int bytes, int valid, int line
 void copy_commit();
 void copy_wait(int pending);
 void barrier_init(unsigned long long *bar, int arrivals, int line);
+void fence_barrier_init();  // shows them to those who pass wait_cluster
 void barrier_arrive(unsigned long long *bar, int bytes, const char *name, int line);
 void barrier_wait(unsigned long long *bar, int parity, int line);
 void copy_bulk(void *shared, const void *global, int bytes, unsigned long long *bar, int line, const void *call);
@@ -209,6 +215,13 @@ WPH_DEVICE T load_cluster(const T *p, int rank, WPH_LINE) {
     return v;
 }
 
+WPH_DEVICE void arrive_cluster(WPH_LINE) { wph::arrive_cluster(line); }
+WPH_DEVICE void wait_cluster(WPH_LINE) { wph::wait_cluster(line); }
+template <typename T>
+WPH_DEVICE void store_cluster(T *p, int rank, T v, unsigned long long *bar, WPH_LINE) {
+    wph::store_cluster(p, rank, &v, sizeof v, bar, line);
+}
+
 // --- fp16, bf16, fp8 ----------------------------------------------------------------------------------------------
 WPH_DEVICE float half_to_float(unsigned short v) { return wph::half_value(v); }
 WPH_DEVICE unsigned short float_to_half(float v) { return wph::half_bits(v); }
@@ -268,6 +281,7 @@ template <typename T>
 WPH_DEVICE void store_global(void *p, T v) { *static_cast<T *>(p) = v; }
 template <typename T>
 WPH_DEVICE T load_l2(const T *p) { return *p; }
+WPH_DEVICE bool elect_lane() { return threadIdx.x % 32 == 0; }
 WPH_DEVICE void prefetch_l2(const void *p) { (void)*static_cast<const volatile unsigned char *>(p); }
 WPH_DEVICE unsigned shared_address(const void *p, WPH_LINE) { return wph::shared_address(p, line); }
 WPH_DEVICE unsigned load_shared(unsigned address, WPH_LINE) { return wph::load_shared(address, line); }
@@ -282,7 +296,7 @@ WPH_DEVICE void cp_async_wait() { wph::copy_wait(PENDING); }
 WPH_DEVICE void mbarrier_init(unsigned long long *bar, int arrivals, WPH_LINE) {
     wph::barrier_init(bar, arrivals, line);
 }
-WPH_DEVICE void mbarrier_fence_init() {}
+WPH_DEVICE void mbarrier_fence_init() { wph::fence_barrier_init(); }
 WPH_DEVICE void fence_async_proxy() {}
 WPH_DEVICE void mbarrier_arrive_expect(unsigned long long *bar, int bytes, WPH_LINE) {
     wph::barrier_arrive(bar, bytes, "mbarrier_arrive_expect", line);
@@ -291,6 +305,7 @@ WPH_DEVICE void mbarrier_arrive(unsigned long long *bar, WPH_LINE) {
     wph::barrier_arrive(bar, 0, "mbarrier_arrive", line);
 }
 WPH_DEVICE void mbarrier_wait(unsigned long long *bar, int parity, WPH_LINE) { wph::barrier_wait(bar, parity, line); }
+WPH_DEVICE void mbarrier_wait_cluster(unsigned long long *bar, int parity, WPH_LINE) { wph::barrier_wait(bar, parity, line); }
 WPH_DEVICE void bulk_copy(void *shared, const void *global, int bytes, unsigned long long *bar, WPH_LINE) {
     wph::copy_bulk(shared, global, bytes, bar, line, __builtin_return_address(0));
 }

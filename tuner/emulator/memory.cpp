@@ -1,6 +1,8 @@
 // Shared memory, asynchronous copies and their barriers. A copy reads its source and writes its destination as late as
 // it may; until then the destination holds poison.
+#include <algorithm>
 #include <cstring>
+#include <functional>
 
 #include "runtime.h"
 
@@ -97,6 +99,7 @@ unsigned load_shared(unsigned address, int line) {
 }
 
 void settle(Cta &cta, bool ordered) {
+    cta.met = true;
     const unsigned char *now = shared_of(cta);
     for (std::size_t i = 0; i < cta.seen.size(); ++i) {
         if (cta.seen[i] && now[i] != cta.settled[i]) {
@@ -142,6 +145,25 @@ void load_cluster(void *to, const void *p, int rank, int bytes, int line) {
     std::memcpy(to, shared_of(other) + at, size);
 }
 
+void store_cluster(void *p, int rank, const void *value, int bytes, unsigned long long *bar, int line) {
+    const auto size = static_cast<std::size_t>(bytes);
+    check_shared(p, size, size, "store_cluster", line);
+    check_shared(bar, 8, 8, "store_cluster's mbarrier", line);
+    const auto &ctas = current->warp->cta->cluster->ctas;
+    if (rank < 0 || static_cast<std::size_t>(rank) >= ctas.size()) {
+        fail(line, "store_cluster: CTA %d of a cluster of %zu", rank, ctas.size());
+    }
+    Cta &other = *ctas[static_cast<std::size_t>(rank)];
+    if (!other.live) fail(line, "store_cluster: CTA %d of the cluster has exited", rank);
+    if (!other.met || current->warp->owes_wait) {
+        fail(line, "store_cluster: nothing says that CTA %d of the cluster has begun: expected wait_cluster", rank);
+    }
+    ClusterStore store{static_cast<unsigned char *>(p), {}, size, reinterpret_cast<std::uint64_t *>(bar), line};
+    std::memcpy(store.value, value, size);
+    std::memset(shared_of(other) + (store.destination - shared_begin()), kPoison, size);
+    other.stores.push_back(store);
+}
+
 void copy_async(void *shared, const void *global, int bytes, int valid, int line, const void *call) {
     const auto size = static_cast<std::size_t>(bytes);
     if (valid < 0 || valid > bytes) fail(line, "cp_async: %d valid bytes, expected 0 to %d", valid, bytes);
@@ -182,6 +204,8 @@ void barrier_init(unsigned long long *bar, int arrivals, int line) {
     std::memcpy(address, &kBarrierTag, sizeof kBarrierTag);
 }
 
+void fence_barrier_init() { happens_before(current->warp->cta->cluster); }
+
 void barrier_arrive(unsigned long long *bar, int bytes, const char *name, int line) {
     if (bytes < 0 || bytes >= 1 << 20) fail(line, "%s: %d bytes, expected 0 to 1048575", name, bytes);
     PhaseBarrier &barrier = find_barrier(*current->warp->cta, reinterpret_cast<std::uint64_t *>(bar), name, line);
@@ -220,10 +244,21 @@ void copy_bulk(void *shared, const void *global, int bytes, unsigned long long *
     cta.bulk.push_back({{destination, static_cast<const unsigned char *>(global), bytes, bytes, line}, address});
 }
 
-bool deliver_bulk(Cta &cta) {
+bool deliver(Cta &cta) {
     for (std::size_t i = 0; i < cta.phases.size(); ++i) {
         PhaseBarrier &barrier = cta.phases[i];
         if (barrier.waiting.empty()) continue;
+        const auto arrives = [&barrier](const ClusterStore &store) { return store.barrier == barrier.address; };
+        const auto arriving = std::stable_partition(cta.stores.begin(), cta.stores.end(), std::not_fn(arrives));
+        if (arriving != cta.stores.end()) {
+            for (auto store = arriving; store != cta.stores.end(); ++store) {
+                std::memcpy(store->destination, store->value, store->bytes);
+                barrier.bytes -= static_cast<long long>(store->bytes);
+            }
+            cta.stores.erase(arriving, cta.stores.end());
+            advance(barrier);
+            return true;
+        }
         std::vector<BulkCopy> mine, others;
         for (const BulkCopy &bulk : cta.bulk) (bulk.barrier == barrier.address ? mine : others).push_back(bulk);
         if (mine.empty()) continue;

@@ -65,6 +65,8 @@ struct Warp {
     int line = 0;
     std::uint64_t priority = 0;
     Meeting meeting;
+    bool owes_wait = false;      // arrived at the cluster's barrier, has not waited for the others there
+    unsigned cluster_round = 0;  // how many such barriers were complete when it arrived
     std::uint32_t in[kLanes][10];
     std::uint32_t out[kLanes][4];
     Lane lanes[kLanes];
@@ -79,6 +81,15 @@ struct NamedBarrier {
 struct BulkCopy {
     AsyncCopy copy;
     std::uint64_t *barrier;
+};
+
+// A word or vector from another CTA of the cluster, on its way to the same address here.
+struct ClusterStore {
+    unsigned char *destination;
+    unsigned char value[16];
+    std::size_t bytes;
+    std::uint64_t *barrier;
+    int line;
 };
 
 struct PhaseBarrier {
@@ -103,6 +114,8 @@ struct Cta {
     std::vector<unsigned char> shared;  // its shared memory while another CTA has the arena
     Cluster *cluster = nullptr;
     unsigned rank = 0;  // in the cluster
+    bool met = false;   // all CTAs of the cluster are known to have begun
+    std::vector<ClusterStore> stores;  // to it
     // What the cluster's last barrier found in its shared memory, and which bytes others have read since then.
     std::vector<unsigned char> settled, seen;
     int seen_line = 0;
@@ -111,6 +124,7 @@ struct Cta {
 struct Cluster {
     std::vector<Cta *> ctas;
     NamedBarrier barrier;
+    unsigned rounds = 0;  // complete barriers in two halves
 };
 
 // What Python reads after the child has died: where it was.
@@ -149,13 +163,14 @@ void check_shared(const void *p, std::size_t bytes, std::size_t alignment, const
 void check_global(const void *p, std::size_t bytes, std::size_t alignment, const char *what, int line);
 
 // What a CTA's shared memory holds now.
+unsigned char *shared_of(Cta &cta);
 const unsigned char *shared_of(const Cta &cta);
 // What other CTAs of the cluster read must be still from one barrier to the next, and written before one that orders
 // memory: settle() is for each CTA at a barrier, check_unread() for one that exits.
 void settle(Cta &cta, bool ordered);
 void check_unread(const Cta &cta);
 
-// Performs pending bulk copies that a parked lane waits for; true if that let a lane go on.
-bool deliver_bulk(Cta &cta);
+// Performs pending bulk copies, and stores of other CTAs, that a parked lane waits for; true if there were any.
+bool deliver(Cta &cta);
 
 }  // namespace wph

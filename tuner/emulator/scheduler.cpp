@@ -101,6 +101,8 @@ void begin_cta(Cta &cta, unsigned id) {
     cta.lanes_left = plan->block;
     cta.phases.clear();
     cta.bulk.clear();
+    cta.stores.clear();
+    cta.met = false;
     cta.shared.clear();
     cta.settled.clear();
     cta.seen.clear();
@@ -109,6 +111,7 @@ void begin_cta(Cta &cta, unsigned id) {
     for (Warp &warp : cta.warps) {
         warp.ready = kFullWarp;
         warp.arrived = warp.exited = 0;
+        warp.owes_wait = false;
         warp.priority = random_word();
         for (Lane &lane : warp.lanes) {
             lane.copies.clear();
@@ -199,7 +202,7 @@ Lane *next_lane(Cta *after, bool other_cta) {
             map_shared(cta);
             Warp *warp = ready_warp(cta, other_cta ? nullptr : current->warp);
             if (!warp) {
-                progress |= deliver_bulk(cta);
+                progress |= deliver(cta);
                 continue;
             }
             unsigned lane;
@@ -236,6 +239,10 @@ void finish_lane() {
     if (ended) {
         if (!cta.bulk.empty()) {
             fail(cta.bulk[0].copy.line, "the CTA exits while a bulk_copy (line %d) is in flight", cta.bulk[0].copy.line);
+        }
+        if (!cta.stores.empty()) {
+            fail(cta.stores[0].line, "CTA %u of the cluster exits while a store_cluster (line %d) to it is in flight", cta.rank,
+                 cta.stores[0].line);
         }
         check_unread(cta);
         cta.live = false;
@@ -309,6 +316,7 @@ void fail(int line, const char *format, ...) {
     _exit(3);
 }
 
+unsigned char *shared_of(Cta &cta) { return mapped == &cta ? shared_begin() : cta.shared.data(); }
 const unsigned char *shared_of(const Cta &cta) { return mapped == &cta ? shared_begin() : cta.shared.data(); }
 
 void wake(Lane &lane) { lane.warp->ready |= 1u << lane.index; }
