@@ -148,6 +148,8 @@ def test_block_sizes(block_size: int) -> None:
         DEALT,
         DEALT.with_(warps=1, reduction="kernel"),
         EARLY,
+        EARLY.with_(load="bulk_rows", warps=16, head_warps=8, stages=3),
+        EARLY.with_(load="bulk", words="strided", head_warps=4, schedule="grid", reduction="all"),
         PERSISTENT.with_(warps=1, beginning="early"),
         DEFAULT.with_(lookup="shuffle", beginning="early"),
     ],
@@ -156,6 +158,15 @@ def test_block_sizes(block_size: int) -> None:
 def test_any_number_of_splits(config: Config, splits: int) -> None:
     lengths = (0, 333, 1, 0, 64, 16, 15, 129)
     check(config, small_case(config, lengths), splits, seed=splits, concurrent_ctas=1 + splits % 4)
+
+
+@pytest.mark.parametrize("length", [40, 47])
+def test_more_requests_than_a_warp_looks_at_at_a_time(length: int) -> None:
+    """Of equal length, so that every CTA gets a piece: those are counted by reciprocals."""
+    config = default_config(Problem("decode", 64, 1, FORMAT)).with_(warps=1, schedule="deal", beginning="early")
+    case = small_case(config, (length,) * 150)
+    for splits in (150, 151, 300, 450):
+        check(config, case, splits, concurrent_ctas=3)
 
 
 @pytest.mark.parametrize("config", [DEFAULT, direct_variant(DEFAULT)])

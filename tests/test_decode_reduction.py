@@ -90,6 +90,10 @@ CLUSTERED = [
     ("turboquant_outlier", 128, 4, {"warps": 2, "dim_warps": 2}),
     ("turboquant_outlier", 64, 6, {"warps": 2, "math": "fma", "accumulate": "f32"}),
     ("turboquant_seed", 128, 8, {"warps": 2, "head_warps": 2}),
+    ("turboquant_4bit_nc", 64, 3, {"warps": 2, "beginning": "early"}),
+    ("turboquant_4bit_nc", 128, 4, {"warps": 8, "head_warps": 4, "load": "bulk", "beginning": "early"}),
+    ("turboquant_3bit_nc", 256, 8, {"warps": 4, "dim_warps": 2, "stages": 1, "beginning": "early"}),
+    ("turboquant_k8v4", 512, 16, {"warps": 8, "dim_warps": 4, "stages": 1, "beginning": "early"}),
 ]
 """Formats, head dims, groups and layouts of CTAs that a cluster has to add up."""
 
@@ -110,10 +114,11 @@ def test_clusters_of_splits(index: int) -> None:
     assert torch.equal(emulate_decode(config, case, 40), emulate_decode(config, case, 40, seed=3, concurrent_ctas=20))
 
 
+@pytest.mark.parametrize("beginning", ["ordered", "early"])
 @pytest.mark.parametrize("head_warps", [2, 4])
-def test_clusters_of_more_heads_than_there_are(head_warps: int) -> None:
+def test_clusters_of_more_heads_than_there_are(head_warps: int, beginning: str) -> None:
     config = default_config(Problem("decode", 128, 4, "turboquant_4bit_nc"))
-    config = config.with_(warps=4, head_warps=head_warps, reduction="cluster8")
+    config = config.with_(warps=4, head_warps=head_warps, reduction="cluster8", beginning=beginning)
     case = synthetic_cache(config.problem.layout, (700, 33), q_heads=12, kv_heads=3)
     for splits in (3, 20):
         check(config, case, splits)

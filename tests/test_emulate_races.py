@@ -142,6 +142,8 @@ FORMAT = "turboquant_4bit_nc"
 COPIES = decode(FORMAT, 128, 4, lookup="replicated")
 BULK = decode(FORMAT, 128, 4, load="bulk", head_warps=2, lookup="spread", schedule="stream", reduction="tree")
 CLUSTERED = decode(FORMAT, 128, 4, warps=2, lookup="replicated", reduction="cluster8")
+STORING = CLUSTERED.with_(beginning="early")
+TURNS = decode(FORMAT, 128, 1, load="bulk", head_warps=4, lookup="spread", schedule="deal", beginning="early")
 # turboquant_seed at head dim 512 with cp_async is left out: for coefficients that are not stored it reads levels from
 # staging that is still being filled. That is a race, and a harmless one, since they meet queries of zero.
 KERNELS = [
@@ -156,6 +158,9 @@ KERNELS = [
     decode("turboquant_k8v4", 128, 1, warps=8, load="bulk_rows", head_warps=4, stages=3, tokens=32, schedule="share"),
     BULK,
     CLUSTERED,
+    STORING,
+    TURNS,
+    decode("turboquant_k8v4", 128, 1, warps=8, load="bulk_rows", head_warps=4, tokens=32, beginning="early"),
     decode("turboquant_outlier", 64, 8, warps=2, load="direct", stages=1, reduction="cluster2"),
     decode(
         FORMAT, 256, 16, warps=2, tokens=32, stages=1, query="joined", tail="apart", reduction="all", beginning="early"
@@ -248,6 +253,7 @@ MUTATIONS = [
     (COPIES, r"()sync_cta\(\);(?=\s*int \*last =)", r"global memory at byte \d+ of partials", "load_l2("),
     (BULK, r"()if \(use >= STAGES\) mbarrier_wait\(empty_barrier\(.*\);", "shared memory", "bulk_copy("),
     (BULK, r"()sync_warp\(\);(?=\s*if \(lane == 0\) mbarrier_arrive)", "shared memory", "bulk_copy("),
+    (TURNS, r"()if \(use >= STAGES\) mbarrier_wait\(empty_barrier\(.*\);", "shared memory", "bulk_copy("),
 ]
 
 
@@ -272,6 +278,25 @@ def test_a_cluster_without_one_of_its_barriers_races(root, monkeypatch, barrier,
     monkeypatch.setattr(emulated, "render", lambda _: SimpleNamespace(text=mutant))
     with pytest.raises(EmulationError, match=message):
         emulate_decode(CLUSTERED, case_of(CLUSTERED), 10, seed=1, concurrent_ctas=16, races=True, root=root)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (r"wait_cluster\(\);(?=\s*if \(rank < active\))", f"{NOT_BEGUN}|data race in shared memory"),
+        (r"arrive_cluster\(\);(?=\s*merge_warps)", "the warp has not arrived, expected arrive_cluster"),
+        (r"mbarrier_wait_cluster\(inbox_barrier\(\), 0\);", "CTA . of the cluster (exits|has exited)"),
+        (r"mbarrier_init\(inbox_barrier\(\), 1\);", "no mbarrier was initialised there"),
+        (r"sync_cta\(\);(?=\s*for \(int row = rank \+ CLUSTER \* warp; \*last)", "data race in shared memory"),
+        (r"sync_cta\(\);(?=\s*if \(threadIdx.x == 0\) {\s*int \*counter)", "data race in global memory"),
+    ],
+)
+def test_a_cluster_that_stores_without_its_order_fails(root, monkeypatch, order, message):
+    mutant, count = re.subn(order, "", render(STORING).text)
+    assert count == 1
+    monkeypatch.setattr(emulated, "render", lambda _: SimpleNamespace(text=mutant))
+    with pytest.raises(EmulationError, match=message):
+        emulate_decode(STORING, case_of(STORING), 10, seed=1, concurrent_ctas=16, races=True, root=root)
 
 
 @pytest.mark.parametrize(("config", "barrier", "space", "text"), MUTATIONS)

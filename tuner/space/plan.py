@@ -99,6 +99,12 @@ class DecodePlan:
         return self.early and self.config["load"] == "cp_async"
 
     @property
+    def asks_in_turn(self) -> bool:
+        """Of the warps that share a stripe of tokens each asks for a step in turn: who asks waits for the slowest, and
+        copies of single rows take long. Two warps gain nothing."""
+        return self.early and self.bulk and int(self.config["head_warps"]) * int(self.config["dim_warps"]) > 2
+
+    @property
     def shares(self) -> bool:
         """A persistent grid, whose CTAs take pieces of requests."""
         return self.config["schedule"] in ("share", "deal")
@@ -244,6 +250,11 @@ class DecodePlan:
         """CTAs that add up what they have in each other's shared memory; 1 where nothing is added up there."""
         return {"cluster2": 2, "cluster4": 4, "cluster8": 8}.get(str(self.config["reduction"]), 1)
 
+    @property
+    def pushes(self) -> bool:
+        """The CTAs of a cluster store their sums in each other's shared memory, where the others are read else."""
+        return self.early and self.cluster > 1
+
     beginning_steps = 4
     """Steps that beginning and ending a span are taken to last: a cautious estimate, since 6 were seen at 32 x 4k."""
 
@@ -313,7 +324,7 @@ class DecodePlan:
     @cached_property
     def merge_stripes(self) -> int:
         """Token stripes that find room side by side when staging becomes the merge buffer, a power of two."""
-        room = max(self.staging_bytes, _LEAST_MERGE_BYTES)
+        room = max(self.staging_bytes, _LEAST_MERGE_BYTES) - self.inbox_bytes
         stripes = self.token_warps
         while stripes > 1 and stripes * self.stripe_bytes > room:
             stripes //= 2
@@ -338,8 +349,24 @@ class DecodePlan:
         return 0 if self.config["load"] == "direct" else self.teams * self.config["stages"]
 
     @cached_property
+    def inbox_pitch(self) -> int:
+        """Floats between rows that CTAs of a cluster store in each other's shared memory: sums, maximum and sum."""
+        return self.partial_row_floats + 4
+
+    @cached_property
+    def inbox_bytes(self) -> int:
+        """Rows that a CTA adds up, from each of the cluster."""
+        rows = -(-self.config["head_warps"] * self.config.problem.gqa // self.cluster) * self.cluster
+        return 4 * rows * self.inbox_pitch if self.pushes else 0
+
+    @property
+    def inbox_offset(self) -> int:
+        return self.offsets["merge"] + self.merge_stripes * self.stripe_bytes
+
+    @cached_property
     def merge_bytes(self) -> int:
-        return self.merge_stripes * self.stripe_bytes
+        """Where the warps' sums meet, and behind it the cluster's."""
+        return self.merge_stripes * self.stripe_bytes + self.inbox_bytes
 
     @cached_property
     def queue_bytes(self) -> int:
