@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from tuner.render import render
 from tuner.space import Config, Problem, default_config
-from tuner.space.banks import token_pitch, word_reads
+from tuner.space.banks import _token, token_pitch, word_reads
 from tuner.space.decode import lead_configs
+from tuner.space.plan import DecodePlan
 
 FORMAT = "turboquant_4bit_nc"
 
@@ -49,6 +53,15 @@ def test_tokens_dealt_to_rows_keep_values_apart() -> None:
     reads, turns = word_reads(config, 131 * 4)
     assert turns == reads
     assert word_reads(config, 2 * 131 * 4)[1] == 2 * reads, "twice the distance is what tokens 2t would have"
+
+
+@pytest.mark.parametrize("words", ["strided", "adjacent"])
+def test_tokens_stand_where_the_template_deals_them(words: str) -> None:
+    config = bulk(256, 2, words=words)
+    code = re.search(r"int row_token\(int r\) \{ return ([r\d /%*+]+); \}", render(config).text)
+    assert bool(code) == (words == "adjacent")
+    expression = code[1].replace("/", "//") if code else "r"
+    assert [_token(r, DecodePlan(config)) for r in range(8)] == [eval(expression, {"r": r}) for r in range(8)]
 
 
 def test_pitches_of_each_way_to_load() -> None:
