@@ -8,7 +8,8 @@
 
 A step is a command of its own, bounded in time; its output goes to --work, its last lines to the terminal. What ended
 with 0 is not run again. New tables go to --work/tables with their kernels, from where `--publish` copies them into the
-package.
+package. GPUs at work on one host make each other's launches late (by 1.4 to 1.8 us on the H200s tried): tables may be
+made so, since all kernels are as late, but figures are better measured without --gpus.
 """
 
 from __future__ import annotations

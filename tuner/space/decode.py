@@ -32,7 +32,13 @@ AXES = (
     ),
     Axis("words", ("strided", "adjacent"), "which of a row's words a lane unpacks: every fourth, or a run", "strided"),
     Axis("tail", ("masked", "apart"), "tokens past the end: masked in every step, or in a last one apart", "masked"),
-    Axis("beginning", ("ordered", "early"), "what waits for lengths: all, or what depends on them", "ordered"),
+    Axis(
+        "beginning",
+        ("ordered", "early"),
+        "what waits for what: everything in order, or early: only what depends on lengths waits for them, warps ask for "
+        "tokens in turn, clusters store their sums",
+        "ordered",
+    ),
 )
 
 REGISTER_LIMIT = 255
