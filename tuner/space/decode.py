@@ -35,8 +35,8 @@ AXES = (
     Axis(
         "beginning",
         ("ordered", "early"),
-        "what waits for what: everything in order, or early: only what depends on lengths waits for them, warps ask for "
-        "tokens in turn, clusters store their sums",
+        "everything in order; or early: only what depends on lengths waits for them, warps ask for tokens in turn, "
+        "clusters store their sums",
         "ordered",
     ),
 )
