@@ -3,8 +3,9 @@
     python benchmarks/sanitize.py --tables build/tables                  # all that are for the attached GPU
     python benchmarks/sanitize.py --tools memcheck --timeout 300         # what fits; without --tables: the package's
 
-One line per kernel and tool. Kernels of a table share a process, since starting one takes longest, and where a tool
-reports anything each gets its own; --jobs processes at a time, whose whole output is kept in --work.
+One line per kernel and tool, and the first report where it found something. Kernels of a table share a process, since
+starting one takes longest, and where a tool reports anything each gets its own; --jobs processes at a time, whose whole
+output is kept in --work.
 
 Before that racecheck is asked about a small program, sanitize_control.cu, with races and without. It must tell them
 apart. Of warps that meet at a named barrier without the rest of their CTA it says one thing now and another later, so
@@ -58,6 +59,8 @@ _CUDA_BARRIERS = "256"
 _OVERFLOW = "overflow of tracked cuda::barrier"
 """In a warning of racecheck, after which its results mean nothing."""
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
+_REPORT = re.compile(r"=+ +((?:Error|Warning|Invalid|Race|Potential)\b.*(?:\n=+ {2,}\S.*){0,2})")
+"""A tool's first lines on something that it found."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,12 @@ def summary(text: str) -> str:
     """The tool's last word."""
     found = _SUMMARY.findall(text)
     return found[-1].strip() if found else "no summary"
+
+
+def first_report(text: str) -> list[str]:
+    """What a tool says of the first thing that it found, as indented lines; none where nothing looks like it."""
+    found = _REPORT.search(text)
+    return [f"    {line.lstrip('= ')}" for line in found[1].splitlines()] if found else []
 
 
 def follows_mbarriers(sanitizer: str, arch: str, work: Path) -> bool:
@@ -257,7 +266,8 @@ def examine_all(
             untold = subject.named_barriers and not subject.twin
             nothing = tool == "racecheck" and (untold or _OVERFLOW in text)
             said.append(UNSURE if nothing and status in (0, _FOUND) else FOUND if status else CLEAN)
-            print(f"{said[-1]} {tool:9} {subject.name}: {summary(text)}", flush=True)
+            lines = [f"{said[-1]} {tool:9} {subject.name}: {summary(text)}"]
+            print("\n".join(lines + (first_report(text) if said[-1] == FOUND else [])), flush=True)
         return said
 
     pool = ThreadPoolExecutor(jobs)

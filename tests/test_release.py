@@ -177,6 +177,16 @@ def test_sanitizers_get_the_kernels_of_the_attached_gpu(tmp_path: Path) -> None:
     assert sanitize.summary("crashed") == "no summary"
 
 
+def test_the_first_report_of_a_sanitizer_is_told() -> None:
+    race = "========= Error: Race reported between Write access at wph_decode+0x10\n=========     and Read access at +8"
+    more = "========= Warning: Race reported between Read access\n"
+    assert sanitize.first_report(f"========= COMPUTE-SANITIZER\n{race}\n=========\n{more}") == [
+        "    Error: Race reported between Write access at wph_decode+0x10",
+        "    and Read access at +8",
+    ]
+    assert sanitize.first_report("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)") == []
+
+
 def test_a_kernel_that_is_reported_is_told_apart_from_those_it_ran_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,14 +199,16 @@ def test_a_kernel_that_is_reported_is_told_apart_from_those_it_ran_with(
     tool, guilty = tmp_path / "sanitizer", group[1]
     tool.write_text(
         f"#!{sys.executable}\nimport sys\nfound = {str(guilty.cubin)!r} in sys.argv\n"
+        "print('========= Invalid read' * found)\n"
         "print('========= ERROR SUMMARY:', int(found), 'errors')\nsys.exit(9 * found)\n"
     )
     tool.chmod(0o755)
     found = sanitize.examine_all([(group, "memcheck"), (group[:1], "racecheck")], str(tool), tmp_path / "w", 2, 60)
     assert found == ["FOUND" if s is guilty else "clean" for s in group] + ["clean"]
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(group) + 1
-    assert [line for line in lines if line.startswith("FOUND")] == [f"FOUND memcheck  {guilty.name}: 1 errors"]
+    assert len(lines) == len(group) + 2
+    at = lines.index(f"FOUND memcheck  {guilty.name}: 1 errors")
+    assert lines[at + 1] == "    Invalid read" and sum(line.startswith("FOUND") for line in lines) == 1
     assert sanitize.examine_all([(group, "memcheck")], str(tool), tmp_path / "w", 1, 0) == []
 
 
