@@ -149,7 +149,7 @@ def test_block_sizes(block_size: int) -> None:
         DEALT.with_(warps=1, reduction="kernel"),
         EARLY,
         EARLY.with_(load="bulk_rows", warps=16, head_warps=8, stages=3),
-        EARLY.with_(load="bulk", words="strided", head_warps=4, schedule="grid", reduction="all"),
+        EARLY.with_(load="bulk", words="strided", head_warps=4, stages=1, schedule="grid", reduction="all"),
         PERSISTENT.with_(warps=1, beginning="early"),
         DEFAULT.with_(lookup="shuffle", beginning="early"),
     ],
@@ -160,12 +160,15 @@ def test_any_number_of_splits(config: Config, splits: int) -> None:
     check(config, small_case(config, lengths), splits, seed=splits, concurrent_ctas=1 + splits % 4)
 
 
-@pytest.mark.parametrize("length", [40, 47])
-def test_more_requests_than_a_warp_looks_at_at_a_time(length: int) -> None:
-    """Of equal length, so that every CTA gets a piece: those are counted by reciprocals."""
+def test_pieces_of_many_requests_are_counted_exactly() -> None:
+    """149 requests of 3 groups and one of 25: 156 CTAs have a piece each, of four groups at most. With one piece more
+    quotas would have cut the last request elsewhere, which its sums would show."""
     config = default_config(Problem("decode", 64, 1, FORMAT)).with_(warps=1, schedule="deal", beginning="early")
-    case = small_case(config, (length,) * 150)
-    for splits in (150, 151, 300, 450):
+    case = small_case(config, (40,) * 149 + (400,))
+    pieces, seven = config, config.with_(schedule="grid")
+    assert torch.equal(emulate_decode(pieces, case, 156)[-1], emulate_decode(seven, case, 7)[-1])
+    assert not torch.equal(emulate_decode(pieces, case, 155)[-1], emulate_decode(seven, case, 7)[-1])
+    for splits in (150, 155, 156, 450):
         check(config, case, splits, concurrent_ctas=3)
 
 

@@ -78,6 +78,7 @@ def test_what_lies_behind_an_ordering_barrier_may_be_read(root, seed, n):
         ("stored_words", 15, "arrive_cluster: the warp has arrived already, expected wait_cluster"),
         ("stored_words", 3, r"CTA \d of the cluster (exits while a store_cluster|has exited)"),
         ("stored_words", 23, "store_cluster: CTA 4 of a cluster of 4"),
+        ("stored_twice", 8, r"data race: two stores to byte 0 of CTA \d's shared memory are in flight"),
     ],
 )
 def test_what_a_cluster_does_wrong_is_named_under_every_seed(root, seed, entry, n, message):

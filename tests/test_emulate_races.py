@@ -286,7 +286,8 @@ def test_a_cluster_without_one_of_its_barriers_races(root, monkeypatch, barrier,
         (r"wait_cluster\(\);(?=\s*if \(rank < active\))", f"{NOT_BEGUN}|data race in shared memory"),
         (r"arrive_cluster\(\);(?=\s*merge_warps)", "the warp has not arrived, expected arrive_cluster"),
         (r"mbarrier_wait_cluster\(inbox_barrier\(\), 0\);", "CTA . of the cluster (exits|has exited)"),
-        (r"mbarrier_init\(inbox_barrier\(\), 1\);", "no mbarrier was initialised there"),
+        (r"mbarrier_init\(inbox_barrier\(\), 1\);", "no mbarrier"),
+        (r"mbarrier_fence_init\(\);", "expected mbarrier_fence_init"),
         (r"sync_cta\(\);(?=\s*for \(int row = rank \+ CLUSTER \* warp; \*last)", "data race in shared memory"),
         (r"sync_cta\(\);(?=\s*if \(threadIdx.x == 0\) {\s*int \*counter)", "data race in global memory"),
     ],
@@ -297,6 +298,19 @@ def test_a_cluster_that_stores_without_its_order_fails(root, monkeypatch, order,
     monkeypatch.setattr(emulated, "render", lambda _: SimpleNamespace(text=mutant))
     with pytest.raises(EmulationError, match=message):
         emulate_decode(STORING, case_of(STORING), 10, seed=1, concurrent_ctas=16, races=True, root=root)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 4])
+def test_a_cta_that_lets_others_store_while_it_attends_races(root, monkeypatch, seed):
+    arrive, text = "arrive_cluster();", render(STORING).text
+    late = text.index(arrive, text.index("void attend("))
+    text = text[:late] + text[late + len(arrive) :]
+    early = text.index("sync_cta();", text.index("void attend("))
+    monkeypatch.setattr(
+        emulated, "render", lambda _: SimpleNamespace(text=f"{text[:early]}{arrive}\n    {text[early:]}")
+    )
+    with pytest.raises(EmulationError, match="data race: CTA . of the cluster writes shared memory's byte"):
+        emulate_decode(STORING, case_of(STORING), 10, seed=seed, concurrent_ctas=16, root=root)
 
 
 @pytest.mark.parametrize(("config", "barrier", "space", "text"), MUTATIONS)

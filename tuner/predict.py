@@ -28,7 +28,8 @@ _CTA_BYTES_PER_CYCLE = 32.0
 """What one CTA alone reads per clock: the last one to arrive merges a head's splits by itself."""
 _CLUSTER_CYCLES = 2000
 """What a cluster takes to begin together, to meet twice, and to begin reading each other's shared memory: the median of
-ten pairs of equal splits, with clusters and without, on an H200, in which it was 300 to 4700 (docs/kernel-notes.md)."""
+ten pairs of equal splits, with clusters and without, on an H200, in which it was 300 to 4700 (docs/kernel-notes.md).
+Clusters that store meet once and read nothing: what they take was not told apart yet, so they are charged the same."""
 CLUSTERS_SEEN = ("sm_90",)
 """Architectures of which it was seen how many clusters they hold at once (``Target.held_ctas``)."""
 _CONFLICTS = {4: 3.4, 3: 1.9}

@@ -80,3 +80,17 @@ extern "C" __global__ void __cluster_dims__(4, 1, 1) stored_words(const __grid_c
     if (p.n & 4) mbarrier_wait_cluster(bar, 0);
     p.out[64 * cta + i] = words[i ^ 32];
 }
+// Two of them for the same word.
+extern "C" __global__ void __cluster_dims__(4, 1, 1) stored_twice(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) float words[];
+    auto *bar = reinterpret_cast<unsigned long long *>(words + 64);
+    if (threadIdx.x == 0) {
+        mbarrier_init(bar, 1);
+        mbarrier_fence_init();
+        mbarrier_arrive_expect(bar, p.n);
+    }
+    arrive_cluster();
+    wait_cluster();
+    if (threadIdx.x < 2) store_cluster(words, static_cast<int>(blockIdx.x % 4), 1.f, bar);
+    mbarrier_wait_cluster(bar, 0);
+}

@@ -76,6 +76,29 @@ void meet(int id, int threads, const char *name, int line) {
     if (gather(barrier, threads, name, line)) release(warp);
 }
 
+// The current warp, all of whose lanes are there, comes to the cluster's barrier. True for the last, which lets those go on
+// that wait there.
+bool come(Cluster &cluster, bool ordered) {
+    NamedBarrier &barrier = cluster.barrier;
+    barrier.arrived += static_cast<int>(kLanes);
+    if (barrier.arrived < static_cast<int>(cluster.ctas.size() * blockDim.x)) return false;
+    for (Warp *waiting : barrier.waiting) wake(*waiting, kFullWarp);
+    barrier.waiting.clear();
+    barrier.arrived = 0;
+    ++barrier.meeting.completed;
+    ++cluster.rounds;
+    for (Cta *cta : cluster.ctas) settle(*cta, ordered);
+    return true;
+}
+
+// Parks the current warp, all of whose lanes are there, until the last one comes to the cluster's barrier.
+void wait_for_others(Cluster &cluster, const char *name, int line) {
+    Warp &warp = *current->warp;
+    warp.arrived = 0;
+    cluster.barrier.waiting.push_back(&warp);
+    park(name, line);
+}
+
 void multiply_accumulate(Warp &warp, Element element) {
     float a[16][16], b[16][8];
     for (unsigned lane = 0; lane < kLanes; ++lane) {
@@ -175,10 +198,10 @@ void sync_cluster(bool ordered, const char *name, int line) {
     const char *token = cluster.barrier.meeting.now();
     if (ordered) happens_before(token);
     if (join(name, line)) {
-        const auto threads = static_cast<int>(cluster.ctas.size() * blockDim.x);
-        if (gather(cluster.barrier, threads, name, line)) {
-            for (Cta *cta : cluster.ctas) settle(*cta, ordered);
+        if (come(cluster, ordered)) {
             release(warp);
+        } else {
+            wait_for_others(cluster, name, line);
         }
     }
     if (ordered) happens_after(token);
@@ -191,15 +214,7 @@ void arrive_cluster(int line) {
     if (warp.owes_wait) fail(line, "arrive_cluster: the warp has arrived already, expected wait_cluster");
     warp.owes_wait = true;
     warp.cluster_round = cluster.rounds;
-    NamedBarrier &barrier = cluster.barrier;
-    barrier.arrived += static_cast<int>(kLanes);
-    if (barrier.arrived == static_cast<int>(cluster.ctas.size() * blockDim.x)) {
-        for (Cta *cta : cluster.ctas) settle(*cta, false);
-        for (Warp *waiting : barrier.waiting) wake(*waiting, kFullWarp);
-        barrier.waiting.clear();
-        barrier.arrived = 0;
-        ++cluster.rounds;
-    }
+    come(cluster, false);
     release(warp);
 }
 
@@ -212,9 +227,7 @@ void wait_cluster(int line) {
         if (warp.cluster_round != cluster.rounds) {
             release(warp);
         } else {
-            warp.arrived = 0;
-            cluster.barrier.waiting.push_back(&warp);
-            park("wait_cluster", line);
+            wait_for_others(cluster, "wait_cluster", line);
         }
     }
     happens_after(&cluster);

@@ -281,7 +281,7 @@ template <typename T>
 WPH_DEVICE void store_global(void *p, T v) { *static_cast<T *>(p) = v; }
 template <typename T>
 WPH_DEVICE T load_l2(const T *p) { return *p; }
-WPH_DEVICE bool elect_lane() { return threadIdx.x % 32 == 0; }
+WPH_DEVICE bool elect_lane(WPH_LINE) { return wph::ballot(true, "elect_lane", line) && threadIdx.x % 32 == 0; }
 WPH_DEVICE void prefetch_l2(const void *p) { (void)*static_cast<const volatile unsigned char *>(p); }
 WPH_DEVICE unsigned shared_address(const void *p, WPH_LINE) { return wph::shared_address(p, line); }
 WPH_DEVICE unsigned load_shared(unsigned address, WPH_LINE) { return wph::load_shared(address, line); }

@@ -158,9 +158,21 @@ void store_cluster(void *p, int rank, const void *value, int bytes, unsigned lon
     if (!other.met || current->warp->owes_wait) {
         fail(line, "store_cluster: nothing says that CTA %d of the cluster has begun: expected wait_cluster", rank);
     }
-    ClusterStore store{static_cast<unsigned char *>(p), {}, size, reinterpret_cast<std::uint64_t *>(bar), line};
+    auto *counter = reinterpret_cast<std::uint64_t *>(bar);
+    const auto counts = [counter](const PhaseBarrier &barrier) { return barrier.address == counter && barrier.fenced; };
+    if (std::none_of(other.phases.begin(), other.phases.end(), counts)) {
+        fail(line, "store_cluster: CTA %d of the cluster shows no mbarrier there: expected mbarrier_fence_init", rank);
+    }
+    auto *destination = static_cast<unsigned char *>(p);
+    for (const ClusterStore &pending : other.stores) {
+        if (destination < pending.destination + pending.bytes && pending.destination < destination + size) {
+            fail(line, "data race: two stores to byte %td of CTA %d's shared memory are in flight", destination - shared_begin(),
+                 rank);
+        }
+    }
+    ClusterStore store{destination, {}, size, counter, line};
     std::memcpy(store.value, value, size);
-    std::memset(shared_of(other) + (store.destination - shared_begin()), kPoison, size);
+    std::memset(shared_of(other) + (destination - shared_begin()), kPoison, size);
     other.stores.push_back(store);
 }
 
@@ -199,12 +211,16 @@ void barrier_init(unsigned long long *bar, int arrivals, int line) {
     for (PhaseBarrier &barrier : cta.phases) {
         if (barrier.address == address) fail(line, "mbarrier_init: the mbarrier is initialised already");
     }
-    cta.phases.push_back({address, arrivals, arrivals, 0, 0, {}, {}});
+    cta.phases.push_back({address, arrivals, arrivals, 0, 0, {}, {}, false});
     writes(bar, 8);
     std::memcpy(address, &kBarrierTag, sizeof kBarrierTag);
 }
 
-void fence_barrier_init() { happens_before(current->warp->cta->cluster); }
+void fence_barrier_init() {
+    Cta &cta = *current->warp->cta;
+    for (PhaseBarrier &barrier : cta.phases) barrier.fenced = true;
+    happens_before(cta.cluster);
+}
 
 void barrier_arrive(unsigned long long *bar, int bytes, const char *name, int line) {
     if (bytes < 0 || bytes >= 1 << 20) fail(line, "%s: %d bytes, expected 0 to 1048575", name, bytes);
@@ -252,6 +268,11 @@ bool deliver(Cta &cta) {
         const auto arriving = std::stable_partition(cta.stores.begin(), cta.stores.end(), std::not_fn(arrives));
         if (arriving != cta.stores.end()) {
             for (auto store = arriving; store != cta.stores.end(); ++store) {
+                const auto written = [](unsigned char byte) { return byte != kPoison; };
+                if (std::any_of(store->destination, store->destination + store->bytes, written)) {
+                    fail(store->line, "data race: CTA %u of the cluster writes shared memory's byte %td, where a store is in flight",
+                         cta.rank, store->destination - shared_begin());
+                }
                 std::memcpy(store->destination, store->value, store->bytes);
                 barrier.bytes -= static_cast<long long>(store->bytes);
             }

@@ -100,6 +100,7 @@ struct PhaseBarrier {
     unsigned phase;      // number of completed phases
     std::vector<Lane *> waiting;
     char tokens[2];      // of even and odd phases
+    bool fenced;         // other CTAs of the cluster may know that it is initialised
 };
 
 struct Cta {
@@ -124,7 +125,7 @@ struct Cta {
 struct Cluster {
     std::vector<Cta *> ctas;
     NamedBarrier barrier;
-    unsigned rounds = 0;  // complete barriers in two halves
+    unsigned rounds = 0;  // how often all have come
 };
 
 // What Python reads after the child has died: where it was.

@@ -313,7 +313,8 @@ class DecodePlan:
 
     @cached_property
     def merge_pitch(self) -> int:
-        """Floats between rows where the warps' sums meet: rows of four heads start in different banks."""
+        """Floats between rows where the warps' sums meet: rows of four heads start in different banks. Where a cluster's
+        do, maximum and sum lie in what is left of it."""
         return self.partial_row_floats + 4
 
     @cached_property
@@ -323,7 +324,7 @@ class DecodePlan:
 
     @cached_property
     def merge_stripes(self) -> int:
-        """Token stripes that find room side by side when staging becomes the merge buffer, a power of two."""
+        """Token stripes that find room side by side when staging becomes the merge buffer and the inbox, a power of two."""
         room = max(self.staging_bytes, _LEAST_MERGE_BYTES) - self.inbox_bytes
         stripes = self.token_warps
         while stripes > 1 and stripes * self.stripe_bytes > room:
@@ -349,15 +350,10 @@ class DecodePlan:
         return 0 if self.config["load"] == "direct" else self.teams * self.config["stages"]
 
     @cached_property
-    def inbox_pitch(self) -> int:
-        """Floats between rows that CTAs of a cluster store in each other's shared memory: sums, maximum and sum."""
-        return self.partial_row_floats + 4
-
-    @cached_property
     def inbox_bytes(self) -> int:
         """Rows that a CTA adds up, from each of the cluster."""
         rows = -(-self.config["head_warps"] * self.config.problem.gqa // self.cluster) * self.cluster
-        return 4 * rows * self.inbox_pitch if self.pushes else 0
+        return 4 * rows * self.merge_pitch if self.pushes else 0
 
     @property
     def inbox_offset(self) -> int:

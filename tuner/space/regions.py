@@ -54,7 +54,7 @@ def arrange(regions: Regions) -> Mapping[str, int]:
         "exchange": regions.exchange_bytes,
         "stats": regions.stats_bytes,
         "barriers": regions.barrier_bytes,
-        "flag": 16,
+        "flag": 16,  # and, eight bytes on, the mbarrier of the inbox
         "queue": regions.queue_bytes,
     }
     others = sorted(((name, round_up(size, 128)) for name, size in sizes.items()), key=lambda o: -sizes[o[0]])
