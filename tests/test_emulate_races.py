@@ -309,7 +309,7 @@ def test_a_cta_that_lets_others_store_while_it_attends_races(root, monkeypatch, 
     monkeypatch.setattr(
         emulated, "render", lambda _: SimpleNamespace(text=f"{text[:early]}{arrive}\n    {text[early:]}")
     )
-    with pytest.raises(EmulationError, match="data race: CTA . of the cluster writes shared memory's byte"):
+    with pytest.raises(EmulationError, match=r"data race: CTA \d of the cluster writes shared memory's byte"):
         emulate_decode(STORING, case_of(STORING), 10, seed=seed, concurrent_ctas=16, root=root)
 
 

@@ -313,8 +313,8 @@ class DecodePlan:
 
     @cached_property
     def merge_pitch(self) -> int:
-        """Floats between rows where the warps' sums meet: rows of four heads start in different banks. Where a cluster's
-        do, maximum and sum lie in what is left of it."""
+        """Floats between rows where the sums of warps meet, and those of a cluster, with maxima behind them: rows of
+        four heads start in different banks."""
         return self.partial_row_floats + 4
 
     @cached_property
@@ -324,7 +324,7 @@ class DecodePlan:
 
     @cached_property
     def merge_stripes(self) -> int:
-        """Token stripes that find room side by side when staging becomes the merge buffer and the inbox, a power of two."""
+        """Token stripes that find room side by side when staging becomes merge buffer and inbox, a power of two."""
         room = max(self.staging_bytes, _LEAST_MERGE_BYTES) - self.inbox_bytes
         stripes = self.token_warps
         while stripes > 1 and stripes * self.stripe_bytes > room:
