@@ -1,6 +1,6 @@
 """Data races in the tables' kernels, looked for on the CPU: no GPU is needed.
 
-    python benchmarks/races.py                          # the package's tables, five minutes
+    python benchmarks/races.py                          # the package's tables, eight minutes
     python benchmarks/races.py --tables build/tables
 
 Every kernel of op decode runs twice in the emulator under the thread sanitizer, with two CTAs at a time and with one,
