@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -11,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from tuner import toolchain
+from tuner.build import Built, build
 from tuner.errors import TunerError, UsageError
 from tuner.geometry import entry_points
 from tuner.render import (
     ceil_div,
+    code_digest,
     float_literal,
     format_source,
     hex_literal,
@@ -57,7 +59,7 @@ def test_context_and_header(tmp_path: Path) -> None:
     absent = {axis.name: axis.absent for axis in get_space("decode").axes}
     assert all((f"{n}={v}" in source.text) == (v != absent[n]) for n, v in DECODE.params)
     assert " tail=apart" in render(DECODE.with_(tail="apart"), write(tmp_path, text)).text
-    assert source.digest == hashlib.sha256(source.text.encode()).hexdigest()
+    assert source.digest == code_digest(source.text)
 
 
 @pytest.mark.parametrize(
@@ -174,9 +176,31 @@ def test_templates_of_an_installed_package(tmp_path: Path) -> None:
     assert done.stdout.split() == [str(site / "tuner" / "templates"), templates_digest()]
 
 
+def test_a_kernel_is_known_by_its_code() -> None:
+    code = 'int a = 1;\nasm("// not a comment" : "=r"(a));  // one\n'
+    assert code_digest(code) == code_digest('// Other words.\n\n  int a = 1;  \n\tasm("// not a comment" : "=r"(a));\n')
+    for other in (code.replace("1", "2"), code.replace("not a", "no"), code.replace("int a", "inta"), "// " + code):
+        assert code_digest(other) != code_digest(code)
+
+
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_kernels_that_come_with_the_package_render_as_they_were_recorded(path: Path) -> None:
     """What was timed can still be read and exported; where templates have changed since, `export` says so."""
     table = read(path, cubins=False)
     same = {render(kernel.config(table.problem)).digest == kernel.source_digest for kernel in table.kernels}
     assert same == {not any(word in path.name for word in OLDER)}
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_a_recorded_kernel_compiles_to_its_cubin(path: Path, tmp_path: Path) -> None:
+    """Byte for byte, from today's templates: better words in them have changed no machine code."""
+    table = read(path)
+    kernel = table.kernels[0]
+    source = render(kernel.config(table.problem))
+    if source.digest != kernel.source_digest:
+        assert any(word in path.name for word in OLDER)
+        return
+    if (found := toolchain.find((kernel.arch,)).version) != table.provenance.nvcc:
+        pytest.skip(f"nvcc here is {found}, the table's was {table.provenance.nvcc}")
+    built = build([source], [kernel.arch], root=tmp_path)[source.digest, kernel.arch]
+    assert isinstance(built, Built) and built.cubin_sha256 == kernel.cubin_sha256

@@ -1,4 +1,4 @@
-"""Configuration to CUDA source: deterministic, so that the text's hash identifies the kernel."""
+"""Configuration to CUDA source: deterministic, so that a hash of the code identifies the kernel."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ from tuner.space import store as store_space
 from tuner.space.plan import DecodePlan
 
 _LINE_WIDTH = 120
+_COMMENT = re.compile(r'("(?:[^"\\\n]|\\.)*")|//[^\n]*')
+"""A string literal, which is kept, or a comment."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A rendered kernel. ``digest`` is the SHA-256 of ``text`` in hex."""
+    """A rendered kernel. ``digest`` is ``code_digest(text)``."""
 
     config: Config
     text: str
@@ -50,6 +52,12 @@ class _Choice(str):
         return not self == other
 
     __hash__ = str.__hash__
+
+
+def code_digest(text: str) -> str:
+    """SHA-256 of a source without comments, empty lines and indentation, in hex: better words make no other kernel."""
+    lines = (line.strip() for line in _COMMENT.sub(lambda found: found[1] or "", text).splitlines())
+    return hashlib.sha256("\n".join(filter(None, lines)).encode()).hexdigest()
 
 
 def template_folder() -> Path:
@@ -225,4 +233,4 @@ def render(config: Config, template_dir: Path | None = None) -> Source:
         place = _template_line(e.__traceback__, folder) or name
         raise TunerError(f"template {place}: {e}") from e
     text = format_source(header(config) + body)
-    return Source(config, text, hashlib.sha256(text.encode()).hexdigest())
+    return Source(config, text, code_digest(text))

@@ -64,7 +64,10 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One compiled kernel. ``id`` is ``kernel_id(arch, cubin_sha256)``: files of different tables never collide."""
+    """One compiled kernel. ``id`` is ``kernel_id(arch, cubin_sha256)``: files of different tables never collide.
+
+    ``source_digest`` is ``render.code_digest`` of the source that was compiled.
+    """
 
     id: str
     params: tuple[tuple[str, Value], ...]
