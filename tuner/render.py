@@ -55,9 +55,11 @@ class _Choice(str):
 
 
 def code_digest(text: str) -> str:
-    """SHA-256 of a source without comments, empty lines and indentation, in hex: better words make no other kernel."""
-    lines = (line.strip() for line in _COMMENT.sub(lambda found: found[1] or "", text).splitlines())
-    return hashlib.sha256("\n".join(filter(None, lines)).encode()).hexdigest()
+    """SHA-256 of a source, in hex: of its header, which names every axis value, and of the rest without comments, empty
+    lines and indentation. Better words make no other kernel."""
+    head, _, body = text.partition("\n\n") if text.startswith("//") else ("", "", text)
+    lines = (line.strip() for line in _COMMENT.sub(lambda found: found[1] or "", body).splitlines())
+    return hashlib.sha256("\n".join([head, *filter(None, lines)]).encode()).hexdigest()
 
 
 def template_folder() -> Path:
