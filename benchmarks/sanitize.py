@@ -59,7 +59,7 @@ _CUDA_BARRIERS = "256"
 _OVERFLOW = "overflow of tracked cuda::barrier"
 """In a warning of racecheck, after which its results mean nothing."""
 _SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (.*)")
-_REPORT = re.compile(r"=+ +((?:Error|Warning|Invalid|Race|Potential)\b.*(?:\n=+ {2,}\S.*){0,2})")
+_REPORT = re.compile(r"^=+ +((?:Error|Warning|Invalid|Race|Potential|Program|Process)\b.*(?:\n=+ {2,}\S.*){0,2})", re.M)
 """A tool's first lines on something that it found."""
 
 

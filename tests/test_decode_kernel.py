@@ -165,9 +165,9 @@ def test_pieces_of_many_requests_are_counted_exactly() -> None:
     quotas would have cut the last request elsewhere, which its sums would show."""
     config = default_config(Problem("decode", 64, 1, FORMAT)).with_(warps=1, schedule="deal", beginning="early")
     case = small_case(config, (40,) * 149 + (400,))
-    pieces, seven = config, config.with_(schedule="grid")
-    assert torch.equal(emulate_decode(pieces, case, 156)[-1], emulate_decode(seven, case, 7)[-1])
-    assert not torch.equal(emulate_decode(pieces, case, 155)[-1], emulate_decode(seven, case, 7)[-1])
+    seven = emulate_decode(config.with_(schedule="grid"), case, 7)[-1]
+    assert torch.equal(emulate_decode(config, case, 156)[-1], seven)
+    assert not torch.equal(emulate_decode(config, case, 155)[-1], seven)
     for splits in (150, 155, 156, 450):
         check(config, case, splits, concurrent_ctas=3)
 

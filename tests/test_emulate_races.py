@@ -300,6 +300,17 @@ def test_a_cluster_that_stores_without_its_order_fails(root, monkeypatch, order,
         emulate_decode(STORING, case_of(STORING), 10, seed=1, concurrent_ctas=16, races=True, root=root)
 
 
+def test_every_mbarrier_needs_its_own_fence(root, monkeypatch):
+    """That of the stages, which other lanes open, does not show the inbox."""
+    config = TURNS.with_(schedule="grid", reduction="cluster2")
+    fence = r"(mbarrier_init\(inbox_barrier\(\), 1\);)\s*mbarrier_fence_init\(\);"
+    mutant, count = re.subn(fence, r"\1", render(config).text)
+    assert count == 1 and "mbarrier_fence_init();" in mutant
+    monkeypatch.setattr(emulated, "render", lambda _: SimpleNamespace(text=mutant))
+    with pytest.raises(EmulationError, match="expected mbarrier_fence_init"):
+        emulate_decode(config, case_of(config), 10, seed=1, concurrent_ctas=4, root=root)
+
+
 @pytest.mark.parametrize("seed", [1, 2, 4])
 def test_a_cta_that_lets_others_store_while_it_attends_races(root, monkeypatch, seed):
     arrive, text = "arrive_cluster();", render(STORING).text

@@ -180,6 +180,9 @@ def test_a_kernel_is_known_by_its_code() -> None:
     code = '// kernel\n\nint a = 1;\nasm("// not a comment" : "=r"(a));  // one\n'
     better = '// kernel\n\n// Other words.\n\n  int a = 1;  \n\tasm("// not a comment" : "=r"(a));\n'
     assert code_digest(code) == code_digest(better)
+    for text in ("/* a */", 'R"(//)"', "char c = '\"';", "#define A \\\n1", "#include <a//b>"):
+        with pytest.raises(TunerError, match="expected comments that begin with // and plain strings"):
+            code_digest(text)
     for old, new in (("1", "2"), ("not a", "no"), ("int a", "inta"), ("asm", "// asm"), ("kernel", "another")):
         assert code_digest(code.replace(old, new)) != code_digest(code)
 
@@ -198,9 +201,8 @@ def test_a_recorded_kernel_compiles_to_its_cubin(path: Path, tmp_path: Path) -> 
     table = read(path)
     kernel = table.kernels[0]
     source = render(kernel.config(table.problem))
-    if source.digest != kernel.source_digest:
-        assert any(word in path.name for word in OLDER)
-        return
+    if any(word in path.name for word in OLDER):
+        pytest.skip("the table is older than the templates")
     if (found := toolchain.find((kernel.arch,)).version) != table.provenance.nvcc:
         pytest.skip(f"nvcc here is {found}, the table's was {table.provenance.nvcc}")
     built = build([source], [kernel.arch], root=tmp_path)[source.digest, kernel.arch]

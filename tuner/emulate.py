@@ -53,7 +53,8 @@ def emulate(
     A CTA's shared memory that others of its cluster read must not change between two of the cluster's barriers, nor
     end: either is an error in both modes. What is compared are values, so writing what was there before goes unseen.
     Where one stores in another's memory, poison lies until the other waits for the store: it is an error if anything
-    else has been written there then, if two such stores overlap, or if the other one ends before.
+    else has been written there then, if another store to it is on its way, if the other one ends before, or if it has
+    not shown the mbarrier that counts: initialised, fenced, and arrived at the cluster's barrier since.
 
     ``races`` looks for data races instead of bad addresses: a write and another access to the same byte of shared or
     global memory, by lanes or asynchronous copies of which nothing makes one come first. Barriers of all kinds, waits

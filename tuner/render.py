@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import Any
@@ -23,15 +23,21 @@ from tuner.space.plan import DecodePlan
 _LINE_WIDTH = 120
 _COMMENT = re.compile(r'("(?:[^"\\\n]|\\.)*")|//[^\n]*')
 """A string literal, which is kept, or a comment."""
+_UNTOLD = re.compile(r"""/\*|\bR"|'"'|\\\n|#include[^\n]*//""")
+"""What that cannot tell from code: block comments, raw strings, a quoted quote, continued lines, slashes in paths."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A rendered kernel. ``digest`` is ``code_digest(text)``."""
+    """A rendered kernel."""
 
     config: Config
     text: str
-    digest: str
+
+    @cached_property
+    def digest(self) -> str:
+        """``code_digest(text)``."""
+        return code_digest(self.text)
 
 
 class _Choice(str):
@@ -56,7 +62,10 @@ class _Choice(str):
 
 def code_digest(text: str) -> str:
     """SHA-256 of a source, in hex: of its header, which names every axis value, and of the rest without comments, empty
-    lines and indentation. Better words make no other kernel."""
+    lines and indentation. Better words make no other kernel. Raises TunerError where they could not be told from code.
+    """
+    if found := _UNTOLD.search(text):
+        raise TunerError(f"a kernel's source has {found[0]!r}: expected comments that begin with // and plain strings")
     head, _, body = text.partition("\n\n") if text.startswith("//") else ("", "", text)
     lines = (line.strip() for line in _COMMENT.sub(lambda found: found[1] or "", body).splitlines())
     return hashlib.sha256("\n".join([head, *filter(None, lines)]).encode()).hexdigest()
@@ -235,4 +244,4 @@ def render(config: Config, template_dir: Path | None = None) -> Source:
         place = _template_line(e.__traceback__, folder) or name
         raise TunerError(f"template {place}: {e}") from e
     text = format_source(header(config) + body)
-    return Source(config, text, code_digest(text))
+    return Source(config, text)

@@ -30,7 +30,7 @@ from tuner.cli.tables import table_paths, tables_argument
 def command(tables: tuple[Path, ...], folder: Path, standalone: bool) -> None:
     """Copy TABLES with their cubins, and the CUDA source of every kernel as a person would read it.
 
-    A source is rendered anew; where the templates have changed since, it is left out and a line says so. A standalone
+    A source is rendered anew; where its code has changed since, it is left out and a line says so. A standalone
     project is refused in that case: it holds what was timed, or nothing.
 
     Example: python tune.py export build/tables --standalone --to wph
@@ -55,7 +55,7 @@ def _copies(paths: list[Path], folder: Path) -> None:
             if source.digest == kernel.source_digest:
                 sources[kernel.id] = source.text
             else:
-                click.echo(f"{kernel.id}: made from older templates, its source is left out; tune again to have it")
+                click.echo(f"{kernel.id}: made by another version, its source is left out; tune again to have it")
         written = export(path, folder / f"{table.device.slug}_{table.device.arch}", sources)
         click.echo(f"{written}: {len(table.kernels)} kernels, {len(sources)} sources")
 

@@ -35,24 +35,24 @@ void release(Warp &warp) {
     if (shuffled() && random_word() % 8 == 0) yield_lane();
 }
 
-// The current warp, all of whose lanes are there, waits at `barrier` until `threads` threads have come. True for the
-// last, which must call release(); the others return false once it has.
-bool gather(NamedBarrier &barrier, int threads, const char *name, int line) {
-    Warp &warp = *current->warp;
-    warp.arrived = 0;
-    barrier.threads = threads;
-    barrier.line = line;
+// The current warp, all of whose lanes are there, comes to `barrier`. True for the one that completes its `threads`, which
+// lets those go on that wait there.
+bool come(NamedBarrier &barrier, int threads) {
     barrier.arrived += static_cast<int>(kLanes);
-    if (barrier.arrived < threads) {
-        barrier.waiting.push_back(&warp);
-        park(name, line);
-        return false;
-    }
+    if (barrier.arrived < threads) return false;
     for (Warp *waiting : barrier.waiting) wake(*waiting, kFullWarp);
     barrier.waiting.clear();
     barrier.arrived = 0;
     ++barrier.meeting.completed;
     return true;
+}
+
+// Parks the current warp, all of whose lanes are there, until the last one comes.
+void wait_for_others(NamedBarrier &barrier, const char *name, int line) {
+    Warp &warp = *current->warp;
+    warp.arrived = 0;
+    barrier.waiting.push_back(&warp);
+    park(name, line);
 }
 
 // Parks the current lane until `threads` of them are at the CTA's barrier `id`.
@@ -73,30 +73,25 @@ void meet(int id, int threads, const char *name, int line) {
         fail(line, "%s: barrier %d with %d threads (line %d), others wait there for %d (line %d)", name, id, threads,
              line, barrier.threads, barrier.line);
     }
-    if (gather(barrier, threads, name, line)) release(warp);
+    barrier.threads = threads;
+    barrier.line = line;
+    if (come(barrier, threads)) {
+        release(warp);
+    } else {
+        wait_for_others(barrier, name, line);
+    }
 }
 
-// The current warp, all of whose lanes are there, comes to the cluster's barrier. True for the last, which lets those go on
-// that wait there.
-bool come(Cluster &cluster, bool ordered) {
-    NamedBarrier &barrier = cluster.barrier;
-    barrier.arrived += static_cast<int>(kLanes);
-    if (barrier.arrived < static_cast<int>(cluster.ctas.size() * blockDim.x)) return false;
-    for (Warp *waiting : barrier.waiting) wake(*waiting, kFullWarp);
-    barrier.waiting.clear();
-    barrier.arrived = 0;
-    ++barrier.meeting.completed;
-    ++cluster.rounds;
-    for (Cta *cta : cluster.ctas) settle(*cta, ordered);
-    return true;
-}
-
-// Parks the current warp, all of whose lanes are there, until the last one comes to the cluster's barrier.
-void wait_for_others(Cluster &cluster, const char *name, int line) {
+// The same at the cluster's barrier, which orders memory if all come to it in a way that does.
+bool come(Cluster &cluster, bool ordered, const char *name, int line) {
     Warp &warp = *current->warp;
-    warp.arrived = 0;
-    cluster.barrier.waiting.push_back(&warp);
-    park(name, line);
+    if (warp.owes_wait) fail(line, "%s: the warp has arrived already, expected wait_cluster", name);
+    for (PhaseBarrier &barrier : warp.cta->phases) barrier.shown |= barrier.fenced && barrier.opener->warp == &warp;
+    cluster.ordered &= ordered;
+    if (!come(cluster.barrier, static_cast<int>(cluster.ctas.size() * blockDim.x))) return false;
+    for (Cta *cta : cluster.ctas) settle(*cta, cluster.ordered);
+    cluster.ordered = true;
+    return true;
 }
 
 void multiply_accumulate(Warp &warp, Element element) {
@@ -198,10 +193,10 @@ void sync_cluster(bool ordered, const char *name, int line) {
     const char *token = cluster.barrier.meeting.now();
     if (ordered) happens_before(token);
     if (join(name, line)) {
-        if (come(cluster, ordered)) {
+        if (come(cluster, ordered, name, line)) {
             release(warp);
         } else {
-            wait_for_others(cluster, name, line);
+            wait_for_others(cluster.barrier, name, line);
         }
     }
     if (ordered) happens_after(token);
@@ -211,10 +206,9 @@ void arrive_cluster(int line) {
     Warp &warp = *current->warp;
     Cluster &cluster = *warp.cta->cluster;
     if (!join("arrive_cluster", line)) return;
-    if (warp.owes_wait) fail(line, "arrive_cluster: the warp has arrived already, expected wait_cluster");
+    warp.cluster_round = cluster.barrier.meeting.completed;
+    come(cluster, false, "arrive_cluster", line);
     warp.owes_wait = true;
-    warp.cluster_round = cluster.rounds;
-    come(cluster, false);
     release(warp);
 }
 
@@ -224,10 +218,10 @@ void wait_cluster(int line) {
     if (join("wait_cluster", line)) {
         if (!warp.owes_wait) fail(line, "wait_cluster: the warp has not arrived, expected arrive_cluster");
         warp.owes_wait = false;
-        if (warp.cluster_round != cluster.rounds) {
+        if (warp.cluster_round != cluster.barrier.meeting.completed) {
             release(warp);
         } else {
-            wait_for_others(cluster, "wait_cluster", line);
+            wait_for_others(cluster.barrier, "wait_cluster", line);
         }
     }
     happens_after(&cluster);

@@ -52,7 +52,6 @@ bool advance(PhaseBarrier &barrier) {
 }  // namespace
 
 unsigned char *shared_begin() { return wph_arena + kSharedGuard; }
-unsigned shared_size() { return shared_bytes; }
 
 void set_shared_size(unsigned bytes) {
     shared_bytes = bytes;
@@ -159,7 +158,7 @@ void store_cluster(void *p, int rank, const void *value, int bytes, unsigned lon
         fail(line, "store_cluster: nothing says that CTA %d of the cluster has begun: expected wait_cluster", rank);
     }
     auto *counter = reinterpret_cast<std::uint64_t *>(bar);
-    const auto counts = [counter](const PhaseBarrier &barrier) { return barrier.address == counter && barrier.fenced; };
+    const auto counts = [counter](const PhaseBarrier &barrier) { return barrier.address == counter && barrier.shown; };
     if (std::none_of(other.phases.begin(), other.phases.end(), counts)) {
         fail(line, "store_cluster: CTA %d of the cluster shows no mbarrier there: expected mbarrier_fence_init", rank);
     }
@@ -211,14 +210,14 @@ void barrier_init(unsigned long long *bar, int arrivals, int line) {
     for (PhaseBarrier &barrier : cta.phases) {
         if (barrier.address == address) fail(line, "mbarrier_init: the mbarrier is initialised already");
     }
-    cta.phases.push_back({address, arrivals, arrivals, 0, 0, {}, {}, false});
+    cta.phases.push_back({address, arrivals, arrivals, 0, 0, {}, {}, current, false, false});
     writes(bar, 8);
     std::memcpy(address, &kBarrierTag, sizeof kBarrierTag);
 }
 
 void fence_barrier_init() {
     Cta &cta = *current->warp->cta;
-    for (PhaseBarrier &barrier : cta.phases) barrier.fenced = true;
+    for (PhaseBarrier &barrier : cta.phases) barrier.fenced |= barrier.opener == current;
     happens_before(cta.cluster);
 }
 

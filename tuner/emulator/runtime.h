@@ -16,7 +16,6 @@ namespace wph {
 constexpr unsigned kLanes = 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr std::size_t kStackBytes = 256 * 1024;
-constexpr std::size_t kSharedLimit = 227 * 1024;
 constexpr unsigned char kPoison = 0xff;  // NaN in fp16, bf16 and fp32, -1 as an index
 
 struct Cta;
@@ -100,7 +99,8 @@ struct PhaseBarrier {
     unsigned phase;      // number of completed phases
     std::vector<Lane *> waiting;
     char tokens[2];      // of even and odd phases
-    bool fenced;         // other CTAs of the cluster may know that it is initialised
+    Lane *opener;        // who initialised it, has fenced that, and arrived at the cluster's barrier since: it is shown
+    bool fenced, shown;  // to the other CTAs
 };
 
 struct Cta {
@@ -125,7 +125,7 @@ struct Cta {
 struct Cluster {
     std::vector<Cta *> ctas;
     NamedBarrier barrier;
-    unsigned rounds = 0;  // how often all have come
+    bool ordered = true;  // who has come so far did so in a way that orders memory
 };
 
 // What Python reads after the child has died: where it was.
@@ -158,7 +158,6 @@ bool shuffled();
 
 // Shared memory.
 unsigned char *shared_begin();
-unsigned shared_size();
 void set_shared_size(unsigned bytes);  // and poisons what lies around it
 void check_shared(const void *p, std::size_t bytes, std::size_t alignment, const char *what, int line);
 void check_global(const void *p, std::size_t bytes, std::size_t alignment, const char *what, int line);

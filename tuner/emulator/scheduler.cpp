@@ -127,7 +127,7 @@ bool begin_cluster(Cluster &cluster) {
     for (const Cta *cta : cluster.ctas) {
         if (cta->live) return false;
     }
-    cluster.barrier.arrived = 0;  // the cluster before may have ended between the halves of one
+    cluster.barrier.arrived = 0, cluster.ordered = true;  // the cluster before may have ended between the halves of one
     const auto count = static_cast<unsigned>(cluster.ctas.size());
     const unsigned first = order[next_cluster++] * count;
     for (unsigned rank = 0; rank < count; ++rank) begin_cta(*cluster.ctas[rank], first + rank);

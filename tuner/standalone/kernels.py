@@ -105,7 +105,7 @@ def _standalone(table: Table, kernel: Kernel, source: Source, letter: str) -> St
 def _text(table: Table, kernel: Kernel, source: Source, space: str) -> str:
     """The rendered source in a namespace, with primitives and parameters taken from the shared headers.
 
-    Joined again in their old order the parts are the text whose SHA-256 the table holds, but for the guard around
+    Joined again in their old order the parts are the text whose code_digest the table holds, but for the guard around
     primitives of one kernel, for which the emulator has its own.
     """
     op = source.config.problem.op
