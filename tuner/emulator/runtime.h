@@ -99,8 +99,9 @@ struct PhaseBarrier {
     unsigned phase;      // number of completed phases
     std::vector<Lane *> waiting;
     char tokens[2];      // of even and odd phases
-    Lane *opener;        // who initialised it, has fenced that, and arrived at the cluster's barrier since: it is shown
-    bool fenced, shown;  // to the other CTAs
+    Lane *opener;        // who initialised it
+    bool fenced;         // by the opener
+    bool shown;          // to the other CTAs: its warp has arrived at the cluster's barrier since
 };
 
 struct Cta {
