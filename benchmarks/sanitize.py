@@ -8,10 +8,10 @@ starting one takes longest, and where a tool reports anything each gets its own;
 output is kept in --work.
 
 Before that racecheck is asked about a small program, sanitize_control.cu, with races and without. It must tell them
-apart. Of warps that meet at a named barrier without the rest of their CTA it says one thing now and another later, so
-kernels with such barriers are judged by twins (sanitize_twin.py), whose warps meet at mbarriers: what it says of a twin
-counts for the kernel, if it can tell races there in the small program. If it cannot, or where there is no twin, they
-are called unsure and counted by themselves, and `python benchmarks/races.py` looks for their races in the emulator.
+apart. Some of what kernels do it cannot be relied on to follow (sanitize_twin.py says what), so they are judged by
+twins, the same text but for that: what it says of a twin counts for the kernel, if it can tell races of twins in the
+small program. If it cannot, or where there is no twin, they are called unsure and counted by themselves. What a line
+says that it does not see, and what it is unsure of, `python benchmarks/races.py` looks for in the emulator.
 Ends with 1 where a tool reports anything else, or where a kernel was left out for want of time.
 """
 
@@ -35,11 +35,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.command import attached_gpu, ended, run_bounded  # noqa: E402
-from benchmarks.sanitize_twin import TwinKernel, twin  # noqa: E402
+from benchmarks.sanitize_twin import TwinKernel, needs_twin, twin  # noqa: E402
 from tuner import toolchain  # noqa: E402
 from tuner.build import BuildFailure, build  # noqa: E402
 from tuner.errors import TunerError, UsageError  # noqa: E402
-from tuner.render import Source, render  # noqa: E402
+from tuner.render import Source, environment, render, template_folder  # noqa: E402
 from tuner.space import Problem, default_config  # noqa: E402
 from tuner.standalone.kernels import shared_primitives  # noqa: E402
 from tuner.table import Kernel, Table, read, read_cubin  # noqa: E402
@@ -73,10 +73,8 @@ class Subject:
     twin: bool = False
 
     @property
-    def named_barriers(self) -> bool:
-        """Whether some of a CTA's warps meet without the others: those that share a token, or its two halves."""
-        config = self.kernel.config(self.table.problem)
-        return self.table.problem.op in ("decode", "dequant") and config["dim_warps"] > 1
+    def needs_twin(self) -> bool:
+        return needs_twin(self.kernel.config(self.table.problem))
 
     @property
     def name(self) -> str:
@@ -94,10 +92,10 @@ def subjects(folder: Path, arch: str) -> Iterator[Subject]:
 
 
 def with_twins(found: Sequence[Subject], arch: str, work: Path) -> list[Subject]:
-    """``found`` with a twin in the place of each kernel that has named barriers. Where there is none the kernel stays,
-    and a line says why: it does not compile, or the kernel was made from other templates than its twin would be.
+    """``found`` with a twin in the place of each kernel that needs one. Where there is none the kernel stays, and a
+    line says why: it does not compile, or the kernel was made from other templates than its twin would be.
     """
-    sources = {s.kernel.id: source for s in found if s.named_barriers and (source := _twin_source(s))}
+    sources = {s.kernel.id: source for s in found if s.needs_twin and (source := _twin_source(s))}
     results = build(sources.values(), [arch], root=work / "twins")
     made = []
     for subject in found:
@@ -154,38 +152,47 @@ def first_report(text: str) -> list[str]:
     return [f"    {line.lstrip('= ')}" for line in found[1].splitlines()] if found else []
 
 
-def follows_mbarriers(sanitizer: str, arch: str, work: Path) -> bool:
-    """Whether racecheck tells right from wrong where warps of a CTA meet by themselves at mbarriers. Raises TunerError
-    where it cannot be asked, or cannot where only the whole CTA meets either.
+def follows_twins(sanitizer: str, arch: str, work: Path) -> bool:
+    """Whether racecheck tells right from wrong in the ways of twins. Raises TunerError where it cannot be asked, or
+    cannot where only the whole CTA meets either.
     """
     nvcc = toolchain.find((arch,))
     program, written = work / "control", work / "control.log"
     work.mkdir(parents=True, exist_ok=True)
-    any_kernel = default_config(Problem("decode", 128, 4, "turboquant_4bit_nc"))
-    (work / "primitives.cuh").write_text(shared_primitives(any_kernel))
+    (work / "primitives.cuh").write_text(_control_primitives())
     with written.open("w") as log:
         libraries = nvcc.nvcc.parents[1] / "lib"  # of a wheel, where its nvcc does not look
         options = ["-std=c++17", f"-arch={arch}", f"-I{work}", f"-L{libraries}", "-o", str(program)]
         if run_bounded([str(nvcc.nvcc), *options, str(_CONTROL)], log, _CONTROL_S, env=nvcc.env) != 0:
             raise TunerError(f"{_CONTROL.name} does not compile: see {written}")
 
-        def tells(pairs: bool, races: int) -> bool:
-            """Whether each race is reported, and nothing where there is none."""
-            for race in range(races + 1):
-                print(f"race {race}, pairs {pairs:d}", file=log, flush=True)
-                words = [*examiner("racecheck", sanitizer), str(program), str(race), str(int(pairs))]
-                status = run_bounded(words, log, _CONTROL_S)
-                if not pairs and status not in (0, _FOUND):
-                    raise TunerError(f"racecheck could not run {_CONTROL.name}: see {written}")
-                if status != (_FOUND if race else 0):
-                    return False
-            return True
+        def reports(what: str, race: int) -> bool | None:
+            """Whether anything is reported; None where racecheck or the program failed."""
+            print(f"{what}, race {race}", file=log, flush=True)
+            status = run_bounded([*examiner("racecheck", sanitizer), str(program), what, str(race)], log, _CONTROL_S)
+            return {0: False, _FOUND: True}.get(status if status is not None else -1)
 
-        if not tells(pairs=False, races=1):
-            raise TunerError(f"racecheck does not tell races in {_CONTROL.name}: see {written}")
-        found = tells(pairs=True, races=3)
-    print(f"control: racecheck {'tells' if found else 'cannot tell'} races where warps of a CTA meet at mbarriers")
+        def tells(what: str, races: int) -> bool:
+            """Whether each race is reported, and nothing where there is none."""
+            return all(reports(what, race) is (race > 0) for race in range(races + 1))
+
+        if not tells("cta", 1):
+            raise TunerError(f"racecheck does not tell races in {_CONTROL.name}, or could not run it: see {written}")
+        found = tells("pairs", 3) and tells("turns", 1)
+        said = [f"{'tells' if found else 'cannot tell'} races of twins"]
+        if found and not reports("turns", 2):
+            said.append("but none in what a cluster's CTAs store in each other's shared memory")
+        if found and reports("lanes", 0):
+            said.append("reports some where there are none if kernels' own ways are taken")
+    print(f"control: racecheck {', '.join(said)}")
     return found
+
+
+def _control_primitives() -> str:
+    """What the small program shares with kernels."""
+    parts = environment(template_folder().resolve())
+    some = [parts.get_template(f"parts/ptx_{name}.cuh.j2").render() for name in ("early", "push")]
+    return "".join([shared_primitives(default_config(Problem("decode", 128, 4, "turboquant_4bit_nc"))), *some])
 
 
 def gate(words: Sequence[str]) -> int:
@@ -216,7 +223,7 @@ def run(args: argparse.Namespace) -> int:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         raise TunerError("no compute-sanitizer on the PATH: it comes with the CUDA toolkit")
-    twins = "racecheck" in tools and follows_mbarriers(sanitizer, target.arch, args.work)
+    twins = "racecheck" in tools and follows_twins(sanitizer, target.arch, args.work)
     kernels = list(subjects(args.tables, target.arch))
     raced = with_twins(kernels, target.arch, args.work) if twins else kernels
     parts = {tool: list(groups(raced if tool == "racecheck" else kernels)) for tool in tools}
@@ -240,8 +247,8 @@ def examine_all(
 ) -> list[str]:
     """Of each kernel and tool that there was time for: CLEAN, FOUND or UNSURE; a line on each.
 
-    UNSURE is what racecheck says of kernels with named barriers, their twins excepted, and of those whose mbarriers
-    were too many for it.
+    UNSURE is what racecheck says of kernels that need a twin and have none, and of those whose mbarriers were too many
+    for it.
     """
     work.mkdir(parents=True, exist_ok=True)
     deadline, stop = time.monotonic() + timeout_s, threading.Event()
@@ -263,7 +270,7 @@ def examine_all(
             return []
         said = []
         for subject in group:
-            untold = subject.named_barriers and not subject.twin
+            untold = subject.needs_twin and not subject.twin
             nothing = tool == "racecheck" and (untold or _OVERFLOW in text)
             said.append(UNSURE if nothing and status in (0, _FOUND) else FOUND if status else CLEAN)
             lines = [f"{said[-1]} {tool:9} {subject.name}: {summary(text)}"]

@@ -213,12 +213,12 @@ def test_a_kernel_that_is_reported_is_told_apart_from_those_it_ran_with(
 
 
 @pytest.mark.parametrize(("status", "word"), [(9, "FOUND"), (0, "clean")])
-def test_kernels_with_named_barriers_are_unsure_and_their_twins_are_not(
+def test_kernels_that_need_twins_are_unsure_and_their_twins_are_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, word: str
 ) -> None:
     subjects = list(sanitize.subjects(PACKAGE_TABLES, "sm_90"))
-    sliced = next(s for s in subjects if s.named_barriers)
-    whole = next(s for s in subjects if not s.named_barriers)
+    sliced = next(s for s in subjects if s.needs_twin)
+    whole = next(s for s in subjects if not s.needs_twin)
     tool = tmp_path / "sanitizer"
     tool.write_text(f"#!{sys.executable}\nprint('========= RACECHECK SUMMARY: 3')\nraise SystemExit({status})\n")
     tool.chmod(0o755)
@@ -241,37 +241,43 @@ def test_racecheck_that_loses_count_of_barriers_is_unsure(tmp_path: Path) -> Non
     assert found == ["unsure", "clean"]
 
 
-TOLD, ALL = (0, 9), (0, 9, 9, 9)
+TOLD = {"cta": (0, 9), "pairs": (0, 9, 9, 9), "turns": (0, 9, 9), "lanes": (0,)}
+UNSEEN = "but none in what a cluster's CTAs store in each other's shared memory"
+SPURIOUS = "reports some where there are none if kernels' own ways are taken"
 
 
 @pytest.mark.parametrize(
     ("answers", "expected"),
     [
-        ((TOLD, ALL), True),
-        ((TOLD, (0, 0, 0, 0)), False),
-        ((TOLD, (9, 9, 9, 9)), False),
-        ((TOLD, (0, 9, 0, 9)), False),
-        ((TOLD, (0, 9, 9, 0)), False),
-        ((TOLD, (1, 9, 9, 9)), False),
-        (((1, 9), ALL), "could not run"),
-        (((0, 0), ALL), "does not tell races"),
-        (((9, 9), ALL), "does not tell races"),
+        ({}, "tells races of twins"),
+        ({"lanes": (1,)}, "tells races of twins"),
+        ({"lanes": (9,)}, f"tells races of twins, {SPURIOUS}"),
+        ({"turns": (0, 9, 0)}, f"tells races of twins, {UNSEEN}"),
+        ({"turns": (0, 9, 0), "lanes": (9,)}, f"tells races of twins, {UNSEEN}, {SPURIOUS}"),
+        ({"pairs": (0, 0, 0, 0)}, "cannot tell races of twins"),
+        ({"pairs": (9, 9, 9, 9)}, "cannot tell races of twins"),
+        ({"pairs": (0, 9, 9, 0)}, "cannot tell races of twins"),
+        ({"pairs": (1, 9, 9, 9)}, "cannot tell races of twins"),
+        ({"turns": (9, 9, 9)}, "cannot tell races of twins"),
+        ({"turns": (0, 0, 9)}, "cannot tell races of twins"),
+        ({"cta": (1, 9)}, None),
+        ({"cta": (0, 0)}, None),
+        ({"cta": (9, 9)}, None),
     ],
 )
 def test_the_control_says_whether_racecheck_can_be_believed_about_twins(
-    tmp_path: Path, answers: tuple[tuple[int, ...], ...], expected: bool | str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], answers: dict[str, tuple[int, ...]], expected: str | None
 ) -> None:
     """The program is compiled; a script stands in the sanitizer's place, which needs a GPU."""
     tool = tmp_path / "sanitizer"
-    tool.write_text(f"#!{sys.executable}\nimport sys\nrace, pairs = map(int, sys.argv[-2:])\n")
-    with tool.open("a") as file:
-        file.write(f"sys.exit({answers}[pairs][race])\n")
+    tool.write_text(f"#!{sys.executable}\nimport sys\nsys.exit({TOLD | answers}[sys.argv[-2]][int(sys.argv[-1])])\n")
     tool.chmod(0o755)
-    if isinstance(expected, bool):
-        assert sanitize.follows_mbarriers(str(tool), "sm_90", tmp_path / "work") == expected
+    if expected:
+        assert sanitize.follows_twins(str(tool), "sm_90", tmp_path / "work") == expected.startswith("tells")
+        assert capsys.readouterr().out == f"control: racecheck {expected}\n"
     else:
-        with pytest.raises(TunerError, match=expected):
-            sanitize.follows_mbarriers(str(tool), "sm_90", tmp_path / "work")
+        with pytest.raises(TunerError, match=r"does not tell races in sanitize_control\.cu, or could not run it"):
+            sanitize.follows_twins(str(tool), "sm_90", tmp_path / "work")
     assert (tmp_path / "work" / "control").is_file()
 
 

@@ -1,4 +1,4 @@
-"""Twins of kernels whose warps meet without their CTA: the same text but for the meeting, which orders as much."""
+"""Twins of kernels: the same text but for what racecheck cannot follow, which is ordered as much in another way."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from emulated import emulate_decode, emulate_dequant, needs_gxx, worst_head_erro
 from emulated_sources import skip_without_thread_sanitizer
 
 from benchmarks import sanitize
-from benchmarks.sanitize_twin import twin, with_room
+from benchmarks.sanitize_twin import has_named_barriers, needs_twin, twin, with_room
 from tuner import launch, toolchain
 from tuner.emulate import EmulationError
 from tuner.errors import TunerError
@@ -27,6 +27,7 @@ from tuner.geometry import decode_geometry
 from tuner.reference import synthetic_cache
 from tuner.render import render
 from tuner.space import Config, Problem, default_config
+from tuner.space.plan import DecodePlan
 from tuner.table.store import PACKAGE_TABLES
 
 FORMAT = "turboquant_4bit_nc"
@@ -40,11 +41,27 @@ COPIES = decode(256, 8, tokens=32, stages=1, lookup="spread", schedule="stream",
 BULK = decode(128, 4, warps=8, load="bulk", head_warps=2, lookup="spread")
 FOUR = default_config(Problem("decode", 256, 4, FORMAT)).with_(dim_warps=4, warps=8, reduction="cluster2")
 DEQUANT = default_config(Problem("dequant", 256, 1, FORMAT)).with_(dim_warps=2, warps=8)
+STORING = default_config(Problem("decode", 128, 4, FORMAT)).with_(reduction="cluster2", beginning="early")
+TURNS = STORING.with_(load="bulk", warps=4, head_warps=4, tokens=16, lookup="spread", reduction="all")
+BOTH = TURNS.with_(reduction="cluster2")
+BY_LANE = (
+    (
+        "mbarrier_init(empty_barrier(0, thread), STRIPE_WARPS);",
+        "mbarrier_init(empty_barrier(0, thread), 32 * STRIPE_WARPS);",
+    ),
+    (
+        "if (lane == 0) mbarrier_arrive(empty_barrier(stripe, (turn + i) % STAGES));",
+        "mbarrier_arrive(empty_barrier(stripe, (turn + i) % STAGES));",
+    ),
+)
 
 
 @pytest.mark.parametrize("config", [COPIES, BULK, FOUR, DEQUANT])
 def test_a_twin_is_the_kernel_with_another_meeting(config: Config) -> None:
     kernel, made = render(config).text, twin(config).text
+    for old, new in BY_LANE if config["load"] == "bulk" else ():
+        assert kernel.count(old) == 1
+        kernel = kernel.replace(old, new)
     begin = made.index("\nconstexpr int MEETINGS_AT = ")
     end = made.index("#define sync_named meet\n") + len("#define sync_named meet\n")
     opening = f"    open_meetings({config['warps'] // config['dim_warps']}, {32 * config['dim_warps']});\n"
@@ -54,12 +71,29 @@ def test_a_twin_is_the_kernel_with_another_meeting(config: Config) -> None:
     assert made[:begin].count("sync_named(") == 1, "its definition"
 
 
+@pytest.mark.parametrize(("config", "storing", "turns"), [(STORING, 1, 0), (TURNS, 0, 1), (BOTH, 1, 1)])
+def test_a_twin_meets_after_initialising_and_every_lane_gives_back(config: Config, storing: int, turns: int) -> None:
+    before, after = render(config).text.splitlines(), twin(config).text.splitlines()
+    more = [line.strip() for line in after if line not in before]
+    less = [line.strip() for line in before if line not in after]
+    assert len(after) == len(before) + storing and needs_twin(config) and not has_named_barriers(config)
+    assert after.count("    sync_cta();") == before.count("    sync_cta();") + storing
+    assert more == turns * [new for _, new in BY_LANE]
+    assert less == turns * [old for old, _ in BY_LANE]
+
+
 @pytest.mark.parametrize(
     "config", [default_config(Problem("decode", 128, 4, FORMAT)), default_config(Problem("dequant", 128, 1, FORMAT))]
 )
-def test_a_kernel_that_meets_only_as_a_whole_has_no_twin(config: Config) -> None:
+def test_a_kernel_that_racecheck_follows_has_no_twin(config: Config) -> None:
+    assert not needs_twin(config)
     with pytest.raises(TunerError, match="no twin of"):
         twin(config)
+
+
+def _meets_only_at_named_barriers(config: Config) -> bool:
+    plan = DecodePlan(config) if config.problem.op == "decode" else None
+    return has_named_barriers(config) and not (plan and (plan.asks_in_turn or plan.pushes))
 
 
 def synchronisations(cubin: Path) -> list[str]:
@@ -72,10 +106,10 @@ def synchronisations(cubin: Path) -> list[str]:
 def test_a_twin_of_a_tables_kernel_compiles_and_has_no_named_barrier(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One of them; kernels without named barriers stay as they are."""
+    """One of them; kernels that need none stay as they are."""
     found = [s for s in sanitize.subjects(PACKAGE_TABLES, "sm_90") if "H200" in s.table.device.name]
-    named = next(s for s in found if s.named_barriers)
-    whole = next(s for s in found if not s.named_barriers)
+    named = next(s for s in found if _meets_only_at_named_barriers(s.kernel.config(s.table.problem)))
+    whole = next(s for s in found if not s.needs_twin)
     made, same = sanitize.with_twins([named, whole], "sm_90", tmp_path)
     assert same == whole and made.twin and made.name == f"{named.name} (twin)" and made.cubin != named.cubin
     words = sanitize.command("racecheck", "/bin/compute-sanitizer", [made, whole])
@@ -124,7 +158,7 @@ def run_decode(config: Config, **options: Any) -> None:
 
 @needs_gxx
 @pytest.mark.parametrize("races", [False, True])
-@pytest.mark.parametrize("config", [COPIES, BULK, FOUR])
+@pytest.mark.parametrize("config", [COPIES, BULK, FOUR, BOTH])
 def test_a_decode_twin_is_right_and_has_no_races(
     config: Config, races: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
