@@ -6,14 +6,19 @@ import random
 import shutil
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
+from typing import Any
 
+import emulated
 import pytest
 import torch
 from emulated import emulate_dequant, needs_gxx
+from emulated_sources import skip_without_thread_sanitizer
 from odd_caches import restride
 
 from tuner import emulate
 from tuner.build import build
+from tuner.emulate import EmulationError
 from tuner.formats import FORMATS, HEAD_DIMS, slot_layout
 from tuner.reference import Case, dequantize, synthetic_cache
 from tuner.render import render
@@ -35,7 +40,7 @@ def covering_configs(format_name: str, head_dim: int) -> list[Config]:
     chosen = []
     for warps in WARPS:
         best: tuple[int, Config] | None = None
-        for _ in range(150):
+        for _ in range(400):
             values = {a.name: rng.choice(a.values) for a in SPACE.axes} | {"warps": warps}
             if problem.layout.format.name == "turboquant_k8v4":
                 values |= {"transform": "shuffle", "lookup": "table", "dim_warps": 1}
@@ -73,7 +78,7 @@ def run(
     by_block_id: bool = False,
     sides: str = "kv",
     gap: int = 0,
-    seed: int = 0,
+    **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Key and value outputs of one emulated launch; a side that is not asked for stays poisoned."""
     key, value = poisoned_outputs(case, by_block_id, gap)
@@ -86,7 +91,7 @@ def run(
         block_table=case.block_table,
         seq_lens=case.seq_lens,
         by_block_id=by_block_id,
-        seed=seed,
+        **options,
     )
     return key, value
 
@@ -169,12 +174,17 @@ def problem_config(format_name: str, head_dim: int, **changes: int | str) -> Con
     return default_config(Problem("dequant", head_dim, 1, format_name)).with_(**changes)
 
 
-ODD_PLACES = (
+BULK = {"load": "bulk", "warps": 4, "rows": 2, "steps": 2}
+ODD_PLACES: tuple[dict[str, int], ...] = (
     {"base": 1, "head_gap": 1},
     {"base": 3, "head_gap": 0, "token_gap": 3, "block_gap": 5},
     {"base": 2, "head_gap": 6, "block_gap": 1},
 )
-LOADS = ({"load": "direct"}, {"load": "staged", "load_bytes": 4}, {"load": "staged", "load_bytes": 16, "steps": 1})
+LOADS: tuple[dict[str, int | str], ...] = (
+    {"load": "direct"},
+    {"load": "staged", "load_bytes": 4},
+    {"load": "staged", "load_bytes": 16, "steps": 1},
+)
 
 
 @needs_gxx
@@ -190,17 +200,50 @@ def test_odd_bases_and_strides(format_name: str) -> None:
 
 
 @needs_gxx
-@pytest.mark.parametrize("divide", ["heads", "tokens", "planes"])
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("place", [{}, {"base": 16}, {"base": 2}, *ODD_PLACES], ids=str)
+def test_slots_come_by_bulk_copy_or_piece_by_piece(format_name: str, place: dict[str, int]) -> None:
+    """By bulk copy where they lie side by side at multiples of 16 bytes; nothing beyond the storage is read."""
+    config = problem_config(format_name, 128, **BULK)
+    case = small_case(format_name, 128, kv_heads=3)
+    odd = replace(case, kv_cache=restride(case.kv_cache, fill=0xFF, **place)) if place else case
+    check(config, odd, run(config, odd))
+
+
+@needs_gxx
+@pytest.mark.parametrize("format_name", ["turboquant_4bit_nc", "turboquant_seed"])
+def test_bulk_copies_are_waited_for(format_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulator's race detector is silent, and finds rows that are decoded before they have come."""
+    config = problem_config(format_name, 64, **BULK)
+    case = small_case(format_name, 64)
+    try:
+        check(config, case, run(config, case, races=True))
+    except EmulationError as error:
+        skip_without_thread_sanitizer(error)
+        raise
+    whole = render(config).text
+    mutant = whole.replace("    slots.wait();\n", "")
+    assert mutant != whole
+    monkeypatch.setattr(emulated, "render", lambda config: SimpleNamespace(text=mutant))
+    with pytest.raises(EmulationError, match="data race in shared memory"):
+        run(config, case, races=True)
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    "changes", [{"divide": d} for d in ("heads", "tokens", "planes")] + [BULK, BULK | {"divide": "planes"}], ids=str
+)
 @pytest.mark.parametrize("kv_heads", [1, 3, 5])
-def test_rows_wrap_over_any_number_of_heads(divide: str, kv_heads: int) -> None:
-    config = problem_config("turboquant_3bit_nc", 64, divide=divide)  # four rows per pass
+def test_rows_wrap_over_any_number_of_heads(changes: dict[str, int | str], kv_heads: int) -> None:
+    config = problem_config("turboquant_3bit_nc", 64, **changes)  # four rows per pass
     case = small_case("turboquant_3bit_nc", 64, kv_heads=kv_heads, q_heads=kv_heads)
     check(config, case, run(config, case))
 
 
 @needs_gxx
-def test_int64_block_table_and_head_major_padded_blocks() -> None:
-    config = problem_config("turboquant_4bit_nc", 128)
+@pytest.mark.parametrize("load", [{}, BULK], ids=["direct", "bulk"])
+def test_int64_block_table_and_head_major_padded_blocks(load: dict[str, int | str]) -> None:
+    config = problem_config("turboquant_4bit_nc", 128, **load)
     case = small_case("turboquant_4bit_nc", 128, index_dtype=torch.int64, order="head", padding=13)
     check(config, case, run(config, case))
     check(config, case, run(config, case, by_block_id=True), by_block_id=True)
@@ -228,27 +271,29 @@ def test_early_exit_counts_positions_within_the_request() -> None:
 
 @needs_gxx
 @pytest.mark.parametrize("format_name", ["turboquant_seed", "turboquant_k3v4_nc"])
-@pytest.mark.parametrize("divide", ["heads", "planes"])
-def test_one_side_only(format_name: str, divide: str) -> None:
-    config = problem_config(format_name, 64, divide=divide)
+@pytest.mark.parametrize("changes", [{"divide": "heads"}, {"divide": "planes"}, BULK], ids=str)
+def test_one_side_only(format_name: str, changes: dict[str, int | str]) -> None:
+    config = problem_config(format_name, 64, **changes)
     case = small_case(format_name, 64)
     for side in "kv":
         check(config, case, run(config, case, sides=side), sides=side)
 
 
 @needs_gxx
+@pytest.mark.parametrize("load", [{}, BULK], ids=["direct", "bulk"])
 @pytest.mark.parametrize("gap", [1, 4])
-def test_output_without_alignment(gap: int) -> None:
+def test_output_without_alignment(gap: int, load: dict[str, int | str]) -> None:
     """Rows that do not start on a chunk's boundary are stored channel by channel; the gaps stay as they are."""
-    config = problem_config("turboquant_outlier", 64)
+    config = problem_config("turboquant_outlier", 64, **load)
     case = small_case("turboquant_outlier", 64)
     check(config, case, run(config, case, gap=gap))
 
 
 @needs_gxx
+@pytest.mark.parametrize("load", [{}, BULK], ids=["direct", "bulk"])
 @pytest.mark.parametrize("block_size", [32, 4176, 8320])
-def test_block_sizes(block_size: int) -> None:
-    config = problem_config("turboquant_4bit_nc", 128)
+def test_block_sizes(block_size: int, load: dict[str, int | str]) -> None:
+    config = problem_config("turboquant_4bit_nc", 128, **load)
     case = small_case("turboquant_4bit_nc", 128, block_size=block_size, kv_heads=1, spare_blocks=0)
     check(config, case, run(config, case, by_block_id=True), by_block_id=True)
 

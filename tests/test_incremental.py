@@ -28,6 +28,7 @@ CONFIGS = (
     config_of("turboquant_seed", divide="planes"),
     config_of("turboquant_outlier", load="staged", load_bytes=16),
     config_of("turboquant_k8v4", divide="tokens", rows=1, steps=1),
+    config_of("turboquant_3bit_nc", load="bulk", rows=2, steps=4),
 )
 
 

@@ -60,6 +60,8 @@ def predict_dequant(
     buffers = 2 if config["load"] == "staged" and config["steps"] > 1 else 1
     passes = config["warps"] // config["dim_warps"] * config["rows"] * cover.rows_per_pass
     in_flight = buffers * passes * active * layout.token_bytes / _SIDES
+    if config["load"] == "bulk":  # keys and values of all steps at once
+        buffers, in_flight = sides * config["steps"], cover.slots * active * layout.token_bytes
     launch = Launch(
         warps=config["warps"],
         registers=built.registers,

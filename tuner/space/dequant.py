@@ -23,7 +23,11 @@ AXES = (
         "Walsh-Hadamard by shuffles of fp32, of half pairs, or as matrix products",
     ),
     Axis("lookup", ("table", "replicated", "prmt", "shuffle"), "how a codebook index becomes a level"),
-    Axis("load", ("direct", "staged"), "plain loads, or asynchronous copies into shared memory a step ahead"),
+    Axis(
+        "load",
+        ("direct", "staged", "bulk"),
+        "plain loads; asynchronous copies into shared memory a step ahead; one bulk copy of all that a CTA decodes",
+    ),
     Axis("load_bytes", (4, 16), "width of one load or asynchronous copy"),
     Axis("store_bytes", (16, 8, 4), "bytes that a lane writes at once: the channels that it holds side by side"),
     Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
@@ -39,7 +43,8 @@ class Shape:
 
     A warp holds ``rows_per_pass`` rows (or halves of rows), each on ``lanes`` lanes; a lane holds ``repeats`` chunks
     of ``chunk`` adjacent channels. ``row_warps`` warps (or groups of dim_warps warps) work on different rows of a side.
-    ``slots`` is what a CTA covers of a block's tokens x heads. ``*_at`` and ``*_bytes`` are bytes of shared memory.
+    ``slots`` is what a CTA covers of a block's tokens x heads. ``*_at`` and ``*_bytes`` are bytes of shared memory:
+    ``plane_bytes`` of all slots of a plane, where they come by bulk copy, counted at the mbarrier at ``barrier_at``.
     """
 
     chunk: int
@@ -54,6 +59,8 @@ class Shape:
     stage_at: int
     stage_row_bytes: int
     stage_warp_bytes: int
+    plane_bytes: int
+    barrier_at: int
     scatter_at: int
     scatter_row_bytes: int
     exchange_at: int
@@ -87,7 +94,12 @@ def shape(config: Config) -> Shape:
         # A row keeps its alignment, so its first and last copies may hold bytes of its neighbours.
         stage_row = -(-(max(layout.key.size, layout.value.size) + 15) // 16) * 16
         stage_warp = stage_row * rows_per_pass * config["rows"] * (2 if config["steps"] > 1 else 1)
+    plane = barrier_at = 0
     scatter_at = stage_at + warps * stage_warp
+    if config["load"] == "bulk":
+        plane = -(-step_slots * config["steps"] * layout.slot_bytes // 16) * 16
+        barrier_at = stage_at + plane * (2 if layout.format.separate_planes else 1)
+        scatter_at = barrier_at + 16
     # 64 channels fill the banks once; a word of padding after them separates lanes that would meet in a bank.
     scatter_row = 2 * layout.head_dim + 4 * (layout.head_dim // 64) if layout.outliers else 0
     exchange_at = -(-(scatter_at + warps * rows_per_pass * scatter_row) // 128) * 128
@@ -106,6 +118,8 @@ def shape(config: Config) -> Shape:
         stage_at=stage_at,
         stage_row_bytes=stage_row,
         stage_warp_bytes=stage_warp,
+        plane_bytes=plane,
+        barrier_at=barrier_at,
         scatter_at=scatter_at,
         scatter_row_bytes=scatter_row,
         exchange_at=exchange_at,
@@ -127,7 +141,7 @@ def _register_estimate(config: Config) -> int:
     layout = config.problem.layout
     chunk = config["store_bytes"] // 2
     held = max(chunk, layout.block_d // config["dim_warps"] // 32)
-    waiting = 6 if config["load"] == "staged" else 8 + 2 * held // chunk
+    waiting = 8 + 2 * held // chunk if config["load"] == "direct" else 6
     return 24 + config["rows"] * waiting + held * (2 if layout.format.has_signs else 1)
 
 
@@ -191,8 +205,18 @@ CONSTRAINTS = (
     ),
     Constraint(
         "direct_width",
-        "slots have no alignment, so a direct load is 4 bytes wide",
-        lambda c, t: c["load"] == "direct" and c["load_bytes"] != 4,
+        "slots have no alignment, so a direct load is 4 bytes wide, as are those of what a bulk copy brought",
+        lambda c, t: c["load"] != "staged" and c["load_bytes"] != 4,
+    ),
+    Constraint(
+        "bulk_order",
+        "a bulk copy brings slots as they lie in the cache: a token's heads one after the other",
+        lambda c, t: c["load"] == "bulk" and c["divide"] == "tokens",
+    ),
+    Constraint(
+        "bulk_slots",
+        "bulk copies move multiples of 16 bytes, which a multiple of eight slots is in every format",
+        lambda c, t: c["load"] == "bulk" and not _row_warps_missing(c, t) and shape(c).slots % 8 != 0,
     ),
     Constraint(
         "too_many_slots",
@@ -226,4 +250,21 @@ def _seed(problem: Problem) -> Config:
     return _config(problem, store_bytes=2 * min(8, problem.head_dim // 32))
 
 
-DEQUANT = Space("dequant", AXES, CONSTRAINTS, _default, _seed)
+def _leads(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
+    """One bulk copy of all that a CTA decodes, for each count of warps: 32 passes, or as many as a block of 16 tokens
+    has rows for."""
+    kinds: tuple[dict[str, Value], ...] = ({},)
+    if problem.layout.format.key_codebook:
+        kinds = ({"transform": "mma", "lookup": "table"}, {"transform": "mma", "lookup": "prmt"})
+    found = []
+    for warps, rows, steps in ((4, 2, 4), (8, 1, 4), (2, 4, 4), (1, 4, 8), (16, 1, 2)):
+        for kind in kinds:
+            config = _config(problem, load="bulk", warps=warps, rows=rows, steps=steps, min_ctas=min(8, 32 // warps))
+            config = config.with_(**kind)
+            while shape(config).slots > 16 * kv_heads and config["steps"] > 1:
+                config = config.with_(steps=config["steps"] // 2)
+            found.append(config)
+    return tuple(found)
+
+
+DEQUANT = Space("dequant", AXES, CONSTRAINTS, _default, _seed, _leads)
