@@ -10,8 +10,8 @@ output is kept in --work.
 Before that racecheck is asked about a small program, sanitize_control.cu, with races and without. It must tell them
 apart. Some of what kernels do it cannot be relied on to follow (sanitize_twin.py says what), so they are judged by
 twins, the same text but for that: what it says of a twin counts for the kernel, if it can tell races of twins in the
-small program. If it cannot, or where there is no twin, they are called unsure and counted by themselves. What a line
-says that it does not see, and what it is unsure of, `python benchmarks/races.py` looks for in the emulator.
+small program. If it cannot, or where there is no twin, they are called unsure and counted by themselves. What that
+line says that it does not see `python benchmarks/races.py` looks for in the emulator, in kernels of decode attention.
 Ends with 1 where a tool reports anything else, or where a kernel was left out for want of time.
 """
 
@@ -111,7 +111,11 @@ def with_twins(found: Sequence[Subject], arch: str, work: Path) -> list[Subject]
 def _twin_source(subject: Subject) -> Source | None:
     config = subject.kernel.config(subject.table.problem)
     if render(config).digest == subject.kernel.source_digest:
-        return twin(config)
+        try:
+            return twin(config)
+        except TunerError as error:
+            print(error)
+            return None
     print(f"no twin of {subject.name}: it was made from other templates than these")
     return None
 
@@ -180,10 +184,11 @@ def follows_twins(sanitizer: str, arch: str, work: Path) -> bool:
             raise TunerError(f"racecheck does not tell races in {_CONTROL.name}, or could not run it: see {written}")
         found = tells("pairs", 3) and tells("turns", 1)
         said = [f"{'tells' if found else 'cannot tell'} races of twins"]
-        if found and not reports("turns", 2):
-            said.append("but none in what a cluster's CTAs store in each other's shared memory")
-        if found and reports("lanes", 0):
-            said.append("reports some where there are none if kernels' own ways are taken")
+        if found:
+            stored = {True: "those too", False: "but none", None: "not asked about those"}[reports("turns", 2)]
+            said.append(f"{stored} in what a cluster's CTAs store in each other's shared memory")
+            if (own := reports("lanes", 0)) is not False:
+                said.append(f"{'reports some' if own else 'could not be asked'} where kernels' own ways have none")
     print(f"control: racecheck {', '.join(said)}")
     return found
 

@@ -99,15 +99,16 @@ __global__ void __cluster_dims__(CTAS, 1, 1) relay(const int *in, int race, int 
 int main(int count, char **words) {
     const char *what = count > 1 ? words[1] : "";
     const int race = count > 2 ? std::atoi(words[2]) : 0;
-    const bool pairs = !std::strcmp(what, "pairs"), turns = !std::strcmp(what, "turns"), lanes = !std::strcmp(what, "lanes");
+    const bool cta = !std::strcmp(what, "cta"), pairs = !std::strcmp(what, "pairs"), turns = !std::strcmp(what, "turns"), lanes = !std::strcmp(what, "lanes");
     const int host[WARPS / 2] = {3 * pairs, pairs, 0, 5 * pairs};
     int *in, *out, found[CTAS * THREADS] = {};
-    cudaMalloc(&in, STEPS * THREADS * sizeof *in);
-    cudaMalloc(&out, sizeof found);
+    if (!cta && !pairs && !turns && !lanes) return 3;
+    if (cudaMalloc(&in, STEPS * THREADS * sizeof *in) != cudaSuccess || cudaMalloc(&out, sizeof found) != cudaSuccess) return 2;
     cudaMemset(in, 1, STEPS * THREADS * sizeof *in);
     cudaMemcpy(in, host, sizeof host, cudaMemcpyHostToDevice);
     if (turns || lanes) relay<<<CTAS, THREADS>>>(in, race, lanes, out);
     else exchange<<<1, THREADS, MEETINGS_BYTES>>>(in, race, out);
+    if (cudaGetLastError() != cudaSuccess || cudaDeviceSynchronize() != cudaSuccess) return 2;
     if (cudaMemcpy(found, out, sizeof found, cudaMemcpyDeviceToHost) != cudaSuccess) return 2;
     std::printf("%d\n", found[0]);
     return 0;

@@ -7,8 +7,12 @@ It is documented to follow mbarriers, but cannot be relied on (sanitize.py asks 
   lookup table do not bear;
 - one lane says for its warp, behind a barrier of the warp, that a stage has been read, and another warp fills it
   again: in a twin every lane says so;
-- a thread arrives at an mbarrier that it has initialised itself, without having met anyone: in a twin the CTA meets
-  between the two.
+- a thread arrives at an mbarrier that it has initialised itself, by an instruction that the compiler made one of the
+  whole warp, without having met anyone: in a twin the CTA meets between the two.
+
+A twin's edges may hide a fault: without the barrier of the warp in the second case, or the initialisation's fence in
+the third, a kernel would race and its twin would not. A kernel without that barrier has no twin, and the emulator finds
+both (tests/test_emulate_races.py).
 """
 
 from __future__ import annotations
@@ -30,9 +34,10 @@ _BARRIERS_BYTES, _PARITY_BYTES = 128, 4
 _MEMORY = "extern __shared__ __align__(128) unsigned char smem[];\n"
 _ENTRY = re.compile(r"^extern \"C\" __global__ .* wph_(?:decode|dequant)\(const __grid_constant__ \w+ p\) \{\n", re.M)
 _CALL = "sync_named("
+_TOGETHER = "sync_warp();\n        "
 _BY_LANE = (
     ("mbarrier_init(empty_barrier(0, thread), STRIPE_", "mbarrier_init(empty_barrier(0, thread), 32 * STRIPE_"),
-    ("if (lane == 0) mbarrier_arrive(empty_barrier(", "mbarrier_arrive(empty_barrier("),
+    (f"{_TOGETHER}if (lane == 0) mbarrier_arrive(empty_barrier(", f"{_TOGETHER}mbarrier_arrive(empty_barrier("),
 )
 """How a stage is given back, and how in a twin."""
 _INBOX = (("    open_inbox(thread);\n", "    open_inbox(thread);\n    sync_cta();\n"),)

@@ -211,6 +211,24 @@ def test_slots_come_by_bulk_copy_or_piece_by_piece(format_name: str, place: dict
 
 
 @needs_gxx
+@pytest.mark.parametrize(("place", "whole"), [({}, True), ({"base": 16}, True), *((p, False) for p in ODD_PLACES)])
+def test_only_what_no_bulk_copy_brings_is_fetched(
+    place: dict[str, int], whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = problem_config("turboquant_4bit_nc", 128, **BULK)
+    case = small_case("turboquant_4bit_nc", 128, kv_heads=3)
+    odd = replace(case, kv_cache=restride(case.kv_cache, fill=0xFF, **place)) if place else case
+    mutant = render(config).text.replace("    slots.fetch(p);\n", "")
+    monkeypatch.setattr(emulated, "render", lambda config: SimpleNamespace(text=mutant))
+    outputs = run(config, odd)
+    if whole:
+        check(config, odd, outputs)
+    else:
+        with pytest.raises(AssertionError):
+            check(config, odd, outputs)
+
+
+@needs_gxx
 @pytest.mark.parametrize("format_name", ["turboquant_4bit_nc", "turboquant_seed"])
 def test_bulk_copies_are_waited_for(format_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The emulator's race detector is silent, and finds rows that are decoded before they have come."""

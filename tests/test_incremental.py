@@ -29,6 +29,7 @@ CONFIGS = (
     config_of("turboquant_outlier", load="staged", load_bytes=16),
     config_of("turboquant_k8v4", divide="tokens", rows=1, steps=1),
     config_of("turboquant_3bit_nc", load="bulk", rows=2, steps=4),
+    config_of("turboquant_seed", load="bulk", divide="planes", rows=2),
 )
 
 
@@ -47,13 +48,15 @@ def test_an_image_follows_a_serving_run(config: Config) -> None:
         server.assert_image_of_live_rows(full)
 
 
-def touched(config: Config, dirty: torch.Tensor, blocks: int, block_size: int, **order: int) -> list[int]:
+def touched(
+    config: Config, dirty: torch.Tensor, blocks: int, block_size: int, padding: int = 18, **order: int
+) -> list[int]:
     """Slots of the image that one launch writes; each must be whole and right, on both sides.
 
     Bytes lie between the cache's blocks, so that a run which goes beyond its block meets them.
     """
     codec = Codec.for_layout(config.problem.layout)
-    server = Server(codec, blocks, block_size, padding=18)
+    server = Server(codec, blocks, block_size, padding=padding)
     server.write(torch.arange(blocks * block_size))
     emulate_dequant(config, codec, server.cache, *server.outputs, dirty=dirty, **order)
     written = (server.image != UNTOUCHED).flatten(1, 2)
@@ -91,8 +94,20 @@ def test_exactly_the_dirty_rows_are_written(order: str, divide: str, index_dtype
 
 
 @needs_gxx
-def test_random_lists() -> None:
+@pytest.mark.parametrize("cache_format", ["turboquant_seed", "turboquant_4bit_nc"])
+@pytest.mark.parametrize("block_size", [1, 5, 16])
+def test_a_bulk_copy_ends_with_the_block(cache_format: str, block_size: int) -> None:
+    """Eight slots make it whole, but not behind the last: there the storage ends."""
+    config = config_of(cache_format, load="bulk", rows=2, steps=4)
+    last = 3 * block_size - 1
+    assert touched(config, torch.tensor([last]), blocks=3, block_size=block_size, padding=0) == [last]
+
+
+@needs_gxx
+@pytest.mark.parametrize("load", ["direct", "bulk"])
+def test_random_lists(load: str) -> None:
     """CTAs in any order: none may leave to another what it got wrong itself."""
+    config = config_of(load=load, rows=2, steps=4)
     rng = random.Random(0)
     for block_size in (1, 5, 16, 24, 40):
         total = 4 * block_size
@@ -101,7 +116,7 @@ def test_random_lists() -> None:
             start = rng.randrange(total)
             slots += [-1] * rng.randrange(2) + list(range(start, min(total, start + rng.randrange(1, 30))))
         written = touched(
-            config_of(), torch.tensor(slots), blocks=4, block_size=block_size, seed=block_size, concurrent_ctas=64
+            config, torch.tensor(slots), blocks=4, block_size=block_size, seed=block_size, concurrent_ctas=64
         )
         assert written == sorted({s for s in slots if s >= 0}), block_size
 

@@ -19,7 +19,7 @@ from tuner.launch import LoadedKernel, Workspace, cache_order, decode_launches, 
 from tuner.reference import Case, Codec, make_cache, synthetic_cache
 from tuner.render import render
 from tuner.space import Config, Problem, default_config, get_space
-from tuner.suits import CacheOrder, refusal, suited
+from tuner.suits import CacheOrder, comes_piecemeal, refusal, suited
 from tuner.targets import get_target
 
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3}
@@ -159,6 +159,23 @@ def test_caches_that_a_kernel_cannot_read() -> None:
     assert "4 bytes" in (refusal(config, odd) or "")
     assert suited(config, odd)["load"] == "direct"
     assert refusal(suited(config, odd), odd) is None
+
+
+def test_dequantisation_by_bulk_copies_wants_slots_side_by_side() -> None:
+    for name in FORMATS:
+        plain = default_config(Problem("dequant", 128, 1, name))
+        config = plain.with_(load="bulk")
+        order = CacheOrder.standard(config, kv_heads=2)
+        slot = config.problem.layout.slot_bytes
+        assert not comes_piecemeal(config, order)
+        for changes in (
+            {"address": 8},
+            {"block": order.block + 2},
+            {"head": slot + 2, "token": 2 * slot + 4},
+            {"head": 16 * slot, "token": slot},
+        ):
+            assert comes_piecemeal(config, replace(order, **changes))
+            assert not comes_piecemeal(plain, replace(order, **changes))
 
 
 def test_bulk_copies_want_pages_in_one_piece() -> None:

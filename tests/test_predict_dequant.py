@@ -10,7 +10,7 @@ import pytest
 from tuner import sass
 from tuner.build import Built, build
 from tuner.errors import UsageError
-from tuner.predict_dequant import predict_dequant, predict_triton_dequant, row_loops
+from tuner.predict_dequant import predict_dequant, predict_triton_dequant, row_loops, usual
 from tuner.render import render
 from tuner.search.evaluate import limit_us
 from tuner.search.predicted import PredictedEvaluator
@@ -22,7 +22,10 @@ from tuner.workload import Bucket, Shape, bf16_bytes
 PROBLEM = Problem("dequant", 256, 1, "turboquant_4bit_nc")
 DEFAULT, SEED = default_config(PROBLEM), seed_config(PROBLEM)
 PLANES = default_config(Problem("dequant", 128, 1, "turboquant_outlier"))
-CONFIGS = (DEFAULT, SEED, DEFAULT.with_(steps=1), DEFAULT.with_(divide="planes"), DEFAULT.with_(warps=16), PLANES)
+BULK = DEFAULT.with_(load="bulk", rows=2, steps=4, lookup="table")
+ONE_STEP = BULK.with_(rows=4, steps=1, warps=8)
+DIRECT = (DEFAULT, SEED, DEFAULT.with_(steps=1), DEFAULT.with_(divide="planes"), DEFAULT.with_(warps=16), PLANES)
+CONFIGS = (*DIRECT, BULK, ONE_STEP)
 SHAPE = Shape(256, 16, 2)
 H200 = get_target("sm_90")
 Kernels = dict[tuple[Config, str], tuple[Built, sass.SassFacts]]
@@ -63,6 +66,10 @@ def test_loops_over_rows_are_found_for_either_kind_of_cache(kernels: Kernels) ->
     assert len(row_loops(kernels[DEFAULT, "sm_90"][1])) == 2  # keys, then values
     assert len(row_loops(kernels[PLANES, "sm_90"][1])) == 1  # both planes go through the same
     assert row_loops(kernels[DEFAULT.with_(steps=1), "sm_90"][1]) == []  # a single step is no loop
+    loops = row_loops(kernels[BULK, "sm_90"][1])  # with branches for every output, and without
+    assert len(loops) == 4 and len(usual(loops)) == 2 and row_loops(kernels[ONE_STEP, "sm_90"][1]) == []
+    shorter, longer = (sum(sum(x.opcodes.values()) for x in loops if (x in usual(loops)) == u) for u in (True, False))
+    assert 1.5 * shorter < longer
     keys = max(row_loops(kernels[DEFAULT, "sm_90"][1]), key=lambda x: sass.count(x.opcodes, "HMMA"))
     assert sass.count(keys.opcodes, "HMMA") >= DEFAULT["rows"]
 
@@ -71,6 +78,7 @@ def test_what_is_known_to_be_slow_is_predicted_slow(kernels: Kernels) -> None:
     """A shuffle butterfly per row is where the seed's time goes; idle warps hold their places."""
     bucket = Bucket(32, 8192)
     times = {c: predict_dequant(c, *kernels[c, "sm_90"], H200, SHAPE, bucket).time_us for c in CONFIGS if c != PLANES}
+    assert times[DEFAULT] > 1.2 * max(times[BULK], times[ONE_STEP])  # measured: 249 and 175 us
     assert times[SEED] > 1.5 * times[DEFAULT]
     assert times[DEFAULT.with_(warps=16)] > 1.5 * times[DEFAULT]  # 16 tokens x 2 heads fill a quarter of its rows
 

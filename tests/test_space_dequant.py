@@ -58,6 +58,9 @@ def test_seed_layout_is_a_warp_per_row(problem: Problem) -> None:
         ("mma_fragment", {"head_dim": 128, "transform": "mma", "store_bytes": 8}),
         ("narrow_store", {"store_bytes": 8}),
         ("direct_width", {"load_bytes": 16}),
+        ("direct_width", {"load": "bulk", "load_bytes": 16, "rows": 2}),
+        ("bulk_order", {"load": "bulk", "divide": "tokens", "rows": 2}),
+        ("bulk_slots", {"load": "bulk"}),
         ("too_many_slots", {"warps": 32, "rows": 8, "steps": 4}),
         ("occupancy", {"warps": 32, "min_ctas": 2}),
         ("registers", {"warps": 16, "min_ctas": 3, "rows": 8}),
@@ -101,6 +104,22 @@ def test_shape_covers_a_row_exactly(seed: int) -> None:
         assert s.lanes * s.rows_per_pass == 32
         assert s.lookup_bytes <= s.stage_at <= s.scatter_at <= s.exchange_at <= s.shared_bytes
         assert s.shared_bytes <= get_target("sm_121").shared_bytes_per_cta
+        if candidate["load"] == "bulk":
+            planes = problem.layout.token_bytes // problem.layout.slot_bytes
+            assert s.plane_bytes % 16 == 0 and s.plane_bytes >= s.slots * problem.layout.slot_bytes
+            assert s.barrier_at == s.stage_at + planes * s.plane_bytes and s.scatter_at >= s.barrier_at + 8
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda p: f"{p.cache_format}-{p.head_dim}")
+def test_leads_fit_a_block_and_every_gpu_takes_some(problem: Problem) -> None:
+    for kv_heads in (1, 2, 8):
+        leads = SPACE.leads(problem, kv_heads)
+        assert len(set(leads)) == len(leads) and {c["warps"] for c in leads} == {1, 2, 4, 8, 16}
+        assert all(c["load"] == "bulk" and c["rows"] * c["steps"] <= 32 for c in leads)
+        idle = [c for c in leads if shape(c).slots > max(8, 16 * kv_heads)]
+        assert all(c["rows"] == c["steps"] == 1 for c in idle), "no fewer warps do that"
+        for arch in ARCHS:
+            assert len([c for c in leads if not refusals(c, arch)]) >= 4
 
 
 def test_geometry_covers_all_slots_and_entries() -> None:

@@ -17,6 +17,7 @@ from tuner.launch import DecodeCall, DequantCall, StoreCall, Workspace, cache_or
 from tuner.reference import Codec
 from tuner.reference import store as reference_store
 from tuner.space import Problem
+from tuner.suits import comes_piecemeal
 
 
 def load_tables(folder: Path | str | None = None, device: int | None = None) -> Tables:
@@ -136,7 +137,7 @@ def dequantize(
         requests = dirty if dirty is not None else block_table
         assert requests is not None
         chosen = tables.select(problem, batch=requests.shape[0], kv_heads=kv_cache.shape[-2])
-    if chosen is None:
+    if chosen is None or comes_piecemeal(chosen.kernel.config, cache_order(kv_cache)):
         chosen = default_kernel(problem, device)
     if out is None:
         assert block_table is not None

@@ -24,9 +24,15 @@ _SIDES = 2
 
 def row_loops(sass: SassFacts) -> list[Loop]:
     """The innermost loops that write rows: one for keys and one for values, or one for both in turn, or none where a
-    CTA takes one step."""
+    CTA takes one step. Each twice where there is another for outputs and blocks that are not of the usual kind."""
     writing = [x for x in sass.loops if _widest_store(x.opcodes) >= 4]
     return [x for x in writing if not any(x.contains(other) for other in writing)]
+
+
+def usual(loops: Sequence[Loop]) -> list[Loop]:
+    """Those of ``loops`` that a cache and an output of the usual layout go through: the ones without narrow stores, or
+    all where each has a branch for them."""
+    return [x for x in loops if not any(map(_is_narrow, x.opcodes))] or list(loops)
 
 
 def predict_dequant(
@@ -39,7 +45,8 @@ def predict_dequant(
     if built.arch != target.arch:
         raise UsageError(f"the cubin is for {built.arch}, the target is {target.arch}: build it for {target.arch}")
     layout, cover = config.problem.layout, cover_of(config)
-    loops = row_loops(sass)
+    every = row_loops(sass)
+    loops = usual(every)
     # Keys and values one after the other, or each by half of the warps.
     sides = 1 if config["divide"] == "planes" else _SIDES
     rows = BLOCK_SIZE * shape.kv_heads
@@ -48,12 +55,14 @@ def predict_dequant(
     active = rows / (ctas_per_block * cover.slots)
 
     step, once = _NONE, _executed(sass.opcodes, sass.stall_cycles, target)
-    for loop in loops:
+    for loop in every:
         inside = _executed(loop.opcodes, loop.stall_cycles, target)
-        step = step.plus(inside.times(active / len(loops)))
         once = once.plus(inside.times(-1.0))
+        if loop in loops:
+            step = step.plus(inside.times(active / len(loops)))
     if not loops:
-        once = once.times(active * sides / _SIDES)
+        # With bulk copies the one step stands there twice, too.
+        once = once.times(active * sides / _SIDES / (2 if config["load"] == "bulk" else 1))
 
     blocks = sum(-(-tokens // BLOCK_SIZE) for tokens in bucket.lengths())
     read, written = cache_bytes(shape, layout, bucket), bf16_bytes(shape, bucket)

@@ -1,7 +1,7 @@
-"""Which caches a decode kernel can read: its way of loading wants a memory order and an alignment.
+"""Which caches a kernel can read: its way of loading wants a memory order and an alignment.
 
 The caller's cache fixes both at run time, so this is no constraint of the space: whoever launches asks here and falls
-back on plain loads (``space.decode.direct_variant``).
+back on plain loads (of decode attention on ``space.decode.direct_variant``, of dequantisation on its default).
 """
 
 from __future__ import annotations
@@ -75,6 +75,17 @@ def _bulk_refusal(config: Config, order: CacheOrder) -> str | None:
     if any(start % 16 for start in starts):
         return "pages are not aligned to 16 bytes (load=bulk)"
     return None
+
+
+def comes_piecemeal(config: Config, order: CacheOrder) -> bool:
+    """Whether a kernel of op dequant wants bulk copies where they cannot bring its slots.
+
+    It then fetches them piece by piece: rightly, but slower than with plain loads.
+    """
+    slot = config.problem.layout.slot_bytes
+    side_by_side = order.head == slot and order.token == order.kv_heads * slot
+    starts = (order.address, order.block, order.plane, 8 * slot)  # eight slots end at a multiple of 16 bytes
+    return config["load"] == "bulk" and not (side_by_side and not any(start % 16 for start in starts))
 
 
 def reads_head_major(config: Config) -> bool:

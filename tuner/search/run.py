@@ -114,13 +114,15 @@ class Search:
         return (space.default(problem), space.seed(problem), *space.leads(problem, self.request.shape.kv_heads))
 
     def _begin_with_landmarks(self) -> None:
-        """Of what tends to win only what is allowed."""
-        space = self._space()
+        """Then with what won before on this device, what tends to win, and what won on others, as far as allowed."""
+        from tuner.search.known import winners_elsewhere, winners_here
+
+        space, problem, device = self._space(), self.request.problem, self.request.target.device_name
         axes = {axis.name: axis.values for axis in space.restricted(self.request.restrict).axes}
         default, seed, *leads = self._landmarks(space)
         self.next_up = [
             config
-            for config in leads
+            for config in (*winners_here(problem, device), *leads, *winners_elsewhere(problem, device))
             if all(value in axes[name] for name, value in config.params)
             and not space.refusals(config, self.request.target)
         ]

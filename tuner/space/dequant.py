@@ -251,20 +251,20 @@ def _seed(problem: Problem) -> Config:
 
 
 def _leads(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
-    """One bulk copy of all that a CTA decodes, for each count of warps: 32 passes, or as many as a block of 16 tokens
-    has rows for."""
+    """One bulk copy of all that a CTA decodes, for one to sixteen warps: 32 passes, or as many as a block of 16 tokens
+    fills; without a bound on registers and, where they fit, with one."""
     kinds: tuple[dict[str, Value], ...] = ({},)
     if problem.layout.format.key_codebook:
         kinds = ({"transform": "mma", "lookup": "table"}, {"transform": "mma", "lookup": "prmt"})
     found = []
     for warps, rows, steps in ((4, 2, 4), (8, 1, 4), (2, 4, 4), (1, 4, 8), (16, 1, 2)):
         for kind in kinds:
-            config = _config(problem, load="bulk", warps=warps, rows=rows, steps=steps, min_ctas=min(8, 32 // warps))
-            config = config.with_(**kind)
-            while shape(config).slots > 16 * kv_heads and config["steps"] > 1:
-                config = config.with_(steps=config["steps"] // 2)
-            found.append(config)
-    return tuple(found)
+            config = _config(problem, load="bulk", warps=warps, rows=rows, steps=steps, **kind)
+            for axis in ("steps", "rows"):
+                while shape(config).slots > max(8, 16 * kv_heads) and config[axis] > 1:
+                    config = config.with_(**{axis: config[axis] // 2})
+            found += [config.with_(min_ctas=min(8, 32 // warps)), config]
+    return tuple(dict.fromkeys(found))
 
 
 DEQUANT = Space("dequant", AXES, CONSTRAINTS, _default, _seed, _leads)
