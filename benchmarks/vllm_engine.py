@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.command import attached_gpu, ended  # noqa: E402
 from benchmarks.engine import plan  # noqa: E402
-from benchmarks.engine.compare import accuracy_verdict, speed_verdict  # noqa: E402
+from benchmarks.engine.compare import accuracy_verdict, damage_verdict, speed_verdict  # noqa: E402
 from benchmarks.engine.launch import add_default_kernels, gather_tables, launch, say  # noqa: E402
 from benchmarks.engine.model import write_checkpoint  # noqa: E402
 from tuner.errors import TunerError, UsageError  # noqa: E402
@@ -82,7 +82,10 @@ def report(results: dict[str, dict[str, Any]], shape: str) -> tuple[str, list[st
                 failures.append(f"{cache_format}: {took}, expected at most {START_UP_LIMIT_S:g} s")
             if not result["complete"]:
                 failures.append(f"{cache_format}: {kind} is not complete")
-        for found, missed in (accuracy_verdict(by_kind), speed_verdict(by_kind)):
+        verdicts = [accuracy_verdict(by_kind), speed_verdict(by_kind)]
+        if "damaged" in by_kind:
+            verdicts.append(damage_verdict(by_kind["damaged"], by_kind.get("own")))
+        for found, missed in verdicts:
             lines += ["", *found]
             failures += [f"{cache_format}: {m}" for m in missed]
         lines.append("")
@@ -96,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tables", type=Path, help="folder with dispatch tables and kernels/")
     made.add_argument("--formats", default="turboquant_4bit_nc,turboquant_k8v4")
     made.add_argument("--shape", default="128:32:8", help="head dim : query heads : KV heads")
-    made.add_argument("--kinds", default=",".join(plan.KINDS[:5]), help=f"of {', '.join(plan.KINDS)}")
+    made.add_argument("--kinds", default=",".join(plan.BY_DEFAULT), help=f"of {', '.join(plan.KINDS)}")
     made.add_argument("--budget", type=float, default=3600, help="seconds for all engines together")
     made.add_argument("--kv-cache-gib", type=int, default=0, help="cache of each engine; 0: what vLLM takes")
     made.add_argument("--compiled", action="store_true", help="with torch.compile, as vLLM starts by default")

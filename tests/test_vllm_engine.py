@@ -19,7 +19,7 @@ import torch
 from benchmarks import vllm_engine
 from benchmarks.engine import launch, plan
 from benchmarks.engine.child import Record, attempts
-from benchmarks.engine.compare import accuracy_verdict, agreement, speed_verdict
+from benchmarks.engine.compare import accuracy_verdict, agreement, damage_verdict, speed_verdict
 from benchmarks.engine.model import ENDING, beginnings, prompts, write_checkpoint
 
 BASE = plan.base("128:32:8", quick=False, compiled=False, kv_cache_gib=80)
@@ -237,7 +237,9 @@ def test_vllms_store_runs_apart_where_ours_has_another(
 
     def launch_nothing(engine: plan.Engine, *_: Any) -> dict[str, Any]:
         launched.append(engine.kind)
-        return result(our_store=our_store and engine.kind == "ours")
+        damaged = engine.kind == "damaged"
+        facts = {"our_store": our_store and engine.kind == "ours", "used_ours": not damaged}
+        return result(**facts, own_instead=["a layer: vLLM's kernel runs: a cubin"] if damaged else [])
 
     monkeypatch.setattr(vllm_engine, "launch", launch_nothing)
     monkeypatch.setattr(vllm_engine, "attached_gpu", lambda _: SimpleNamespace(arch="sm_90"))
@@ -245,7 +247,7 @@ def test_vllms_store_runs_apart_where_ours_has_another(
         monkeypatch.setattr(vllm_engine, name, lambda *_: tmp_path)
     args = vllm_engine.parser().parse_args(["--work", str(tmp_path), "--formats", FORMAT])
     found = vllm_engine.run_engines(args, [FORMAT])
-    assert launched == list(found[FORMAT]) == [k for k in plan.KINDS[:5] if our_store or k != "ours_own_store"]
+    assert launched == list(found[FORMAT]) == [k for k in plan.BY_DEFAULT if our_store or k != "ours_own_store"]
     text, failures = vllm_engine.report(found, "128:32:8")
     assert f"the store is {whose}" in text
     assert not any("compared" in f for f in failures)
@@ -275,6 +277,67 @@ def test_ours_must_be_in_every_graph() -> None:
     assert launch.used_ours("\n".join(lines), engine)
     assert not launch.used_ours("\n".join(lines[:-1]), engine)
     assert not launch.used_ours("\n".join([*lines, "wph: layer 2: vLLM's kernel runs from here on: error"]), engine)
+
+
+DAMAGED = {"used_ours": False, "own_instead": ["turboquant_4bit_nc at head dim 128: vLLM's kernel runs: a cubin"]}
+
+
+@pytest.mark.parametrize(
+    ("damaged", "own", "failure"),
+    [
+        (result(**DAMAGED), result(), None),
+        (result(**DAMAGED | {"own_instead": []}), result(), "does not say that vLLM's kernels run"),
+        (result(**DAMAGED | {"used_ours": True}), result(), "runs kernels of ours"),
+        (result(**DAMAGED | {"our_store": True}), result(), "runs kernels of ours"),
+        (result(0.001, **DAMAGED), result(), "tokens or logprobs are not those of vLLM's kernel"),
+        (parted(20, 0.0) | DAMAGED, result(), "tokens or logprobs are not those of vLLM's kernel"),
+        (result(**DAMAGED), None, "not compared"),
+        (result(**DAMAGED | {"accuracy": []}), result(), "not compared"),
+    ],
+)
+def test_with_damaged_files_an_engine_is_vllms(
+    damaged: dict[str, Any], own: dict[str, Any] | None, failure: str | None
+) -> None:
+    lines, failures = damage_verdict(damaged, own)
+    assert lines or failure
+    assert [f for f in failures if failure and failure in f] == failures and bool(failures) == bool(failure)
+    engines = {"damaged": damaged} | ({"own": own} if own else {})
+    text, missed = vllm_engine.report({FORMAT: engines}, "128:32:8")
+    assert all(f"MISSED: {FORMAT}: {f}" in text and f"{FORMAT}: {f}" in missed for f in failures)
+
+
+def test_what_the_log_says_of_damaged_files() -> None:
+    lines = (
+        "WARNING wph: turboquant_4bit_nc at head dim 128: vLLM's kernel runs: table x: kernel y: not the hash\n"
+        "WARNING wph: store of turboquant_4bit_nc at head dim 128: vLLM's runs: table x: kernel y: not the hash\n"
+        "INFO wph: layers.2: batch 1 in a graph: table, kernel z\n"
+    )
+    assert [line.partition(":")[0] for line in launch.runs_instead(lines)] == [
+        "store of turboquant_4bit_nc at head dim 128",
+        "turboquant_4bit_nc at head dim 128",
+    ]
+    assert launch.runs_instead("INFO wph: store of 24 layers: vLLM's: WPH_STORE is 0\n") == []
+
+
+def test_a_damaged_engine_sees_copies(tmp_path: Path) -> None:
+    tables = tmp_path / "mine"
+    (tables / "kernels").mkdir(parents=True)
+    (tables / "kernels" / "sm_90-0.cubin").write_bytes(bytes(3000))
+    (tables / "t.json").write_text("{}")
+    engine = plan.engine_for(BASE, "damaged", FORMAT)
+    assert engine.accuracy == BASE.accuracy[:3] and not engine.speed
+    env = launch.environment(engine, tables, tmp_path / "work")
+    first, second, *_ = map(Path, env["PYTHONPATH"].split(os.pathsep))
+    folder = Path(env["VLLM_TUNED_CONFIG_FOLDER"])
+    assert second == launch.ROOT and env["PYTHONSAFEPATH"] == "1" and "WPH_DISABLE" not in env
+    cubins = [*first.rglob("*.cubin")]
+    whole = [*(launch.ROOT / "tuner").rglob("*.cubin"), *tables.rglob("*.cubin")]
+    assert len(cubins) == len(whole) > 100 and {p.stat().st_size for p in cubins} == {1000}
+    assert (folder / "kernels" / "sm_90-0.cubin") in cubins and (folder / "t.json").read_text() == "{}"
+    assert min(p.stat().st_size for p in whole) > 1000
+    found = "import sys, tuner; print(tuner.__file__); import benchmarks.engine.plan"
+    done = subprocess.run([sys.executable, "-c", found], env=env, cwd=launch.ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == str(first / "tuner" / "__init__.py"), done.stderr
 
 
 def test_only_ours_sees_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

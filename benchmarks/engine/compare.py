@@ -136,6 +136,21 @@ def accuracy_verdict(results: Mapping[str, Result]) -> tuple[list[str], list[str
     return lines, failures
 
 
+def damage_verdict(damaged: Result, own: Result | None) -> tuple[list[str], list[str]]:
+    """(what was found, what failed): with our files cut short an engine says so and is vLLM's to the last digit."""
+    lines = [f"with damaged files the engine says: {line}" for line in damaged["own_instead"]]
+    failures = [] if lines else ["with damaged files the engine does not say that vLLM's kernels run"]
+    if damaged["used_ours"] or damaged["our_store"]:
+        failures.append("with damaged files the engine runs kernels of ours")
+    if not own or not own["accuracy"] or not damaged["accuracy"]:
+        return lines, [*failures, "with damaged files no tokens, or none of vLLM's kernel: not compared"]
+    found = agreement(own, damaged)
+    lines.append(f"vLLM's kernel and the engine with damaged files: {found.describe()}")
+    if found.equal < 1 or found.p99_logprob > 0:
+        failures.append("with damaged files the engine's tokens or logprobs are not those of vLLM's kernel")
+    return lines, failures
+
+
 def _store_verdict(ours: Result, own: Result, bf16: Result | None) -> tuple[list[str], list[str]]:
     if not bf16 or not bf16["accuracy"]:
         return [], ["no tokens with an uncompressed cache: our store not compared"]

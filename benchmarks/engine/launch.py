@@ -24,6 +24,9 @@ _IN_GRAPH = re.compile(r"wph: (\S+): batch (\d+) in a graph: ")
 _OUR_STORE = re.compile(r"wph: store of \d+ layers?: table of ")
 _LOADING = re.compile(r"wph: kernels of \d+ layers verified and loaded in ([\d.]+) s")
 _WORTH_SAYING = re.compile(r"wph: (?!\S+: batch )|Graph capturing finished|[Cc]ompil\w+ takes|Model loading took")
+_OWN_INSTEAD = re.compile(r"wph: (.*: vLLM's (?:kernel )?runs: .*)")
+_CUT_BYTES = 1000
+"""What is left of a file that is cut short."""
 _STOP_S = 20
 """Time an engine gets to end after it was told to."""
 
@@ -35,24 +38,38 @@ def say(text: str) -> None:
 def environment(engine: Engine, tables: Path, work: Path) -> dict[str, str]:
     """Of the engine's process: ours with the tables, everything else without the plugin, nobody on the network.
 
-    ``ours_own_store`` keeps vLLM's store.
+    ``ours_own_store`` keeps vLLM's store, ``damaged`` has the plugin with other files than this checkout's.
     """
+    damaged = engine.kind == "damaged"
+    package, tables = damage(tables, work) if damaged else (ROOT, tables)
     env = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_TUNED_CONFIG_FOLDER": str(tables),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
         "WPH_LOG": "debug",
+        "PYTHONSAFEPATH": "1",  # not the package of the folder that the command is run in
     }
     env.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
     for switch in ("WPH_DISABLE", "WPH_STORE"):
         env.pop(switch, None)
-    if not engine.kind.startswith("ours"):
+    if not (engine.kind.startswith("ours") or damaged):
         env["WPH_DISABLE"] = "1"
     if engine.kind == "ours_own_store":
         env["WPH_STORE"] = "0"
-    path = [str(ROOT), *([str(entry_point(work))] if not installed() else []), os.environ.get("PYTHONPATH", "")]
+    discovered = [] if installed() else [str(entry_point(work))]
+    path = [str(package), str(ROOT), *discovered, os.environ.get("PYTHONPATH", "")]
     return env | {"PYTHONPATH": os.pathsep.join(p for p in path if p)}
+
+
+def damage(tables: Path, work: Path) -> tuple[Path, Path]:
+    """Copies of the package's folder and of ``tables`` in which every cubin is cut short."""
+    package, folder = work / "damaged", work / "damaged" / "tables"
+    shutil.copytree(ROOT / "tuner", package / "tuner", dirs_exist_ok=True)
+    shutil.copytree(tables, folder, dirs_exist_ok=True)
+    for cubin in package.rglob("*.cubin"):
+        cubin.write_bytes(cubin.read_bytes()[:_CUT_BYTES])
+    return package, folder
 
 
 def installed() -> bool:
@@ -101,6 +118,7 @@ def launch(engine: Engine, work: Path, checkpoint: Path, tables: Path, timeout_s
         if out.is_file():
             said = {"used_ours": used_ours(text, engine), "our_store": bool(_OUR_STORE.search(text))}
             said |= {"plugin_s": sum(map(float, _LOADING.findall(text)))}
+            said |= {"own_instead": runs_instead(text)}
             out.write_text(json.dumps(json.loads(out.read_text()) | said))
         if not is_complete(out):
             say(f"{engine.key}: not complete; the log ends with\n" + "\n".join(text.splitlines()[-25:]))
@@ -120,6 +138,11 @@ def used_ours(log: str, engine: Engine) -> bool:
     layers = engine.model.layers - UNCOMPRESSED_LAYERS
     whole = all(len({name for name, b in captured if b == str(batch)}) >= layers for batch in engine.captured)
     return whole and "vLLM's kernel runs from here on" not in log
+
+
+def runs_instead(log: str) -> list[str]:
+    """What an engine's log says of vLLM's kernels that run in the place of ours because of what is wrong with ours."""
+    return sorted(set(_OWN_INSTEAD.findall(log)))
 
 
 def _run(engine: Engine, out: Path, log: Path, checkpoint: Path, tables: Path, timeout_s: float) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 from benchmarks.engine.model import Model
 from benchmarks.grid.points import parse_shape
 
-KINDS = ("ours", "own", "own_other_splits", "ours_own_store", "bf16", "ours_speculative")
+KINDS = ("ours", "own", "own_other_splits", "ours_own_store", "bf16", "damaged", "ours_speculative")
 """Ours; vLLM's kernels; the same with another number of splits, which rounds differently; our decode kernel on a cache
-that vLLM's store writes; an uncompressed cache; ours with speculative decoding."""
+that vLLM's store writes; an uncompressed cache; ours with all its kernels' files cut short, so that vLLM's must run;
+ours with speculative decoding."""
+BY_DEFAULT = KINDS[:6]
 OTHER_SPLITS = 24
 """vLLM's own number is 32."""
 SPLIT_OPTION = "tq_max_kv_splits_for_cuda_graph"
@@ -114,6 +116,8 @@ def engine_for(plan: Engine, kind: str, cache_format: str) -> Engine:
     """``plan`` for one kind: what is not compared is left out."""
     if kind == "bf16":  # one for all formats
         return replace(plan, kind=kind, cache_format="auto")
+    if kind == "damaged":  # enough for one request and for several
+        return replace(plan, kind=kind, cache_format=cache_format, accuracy=plan.accuracy[:3], speed=())
     if kind in ("own_other_splits", "ours_own_store", "ours_speculative"):
         return replace(plan, kind=kind, cache_format=cache_format, speed=())
     return replace(plan, kind=kind, cache_format=cache_format)
