@@ -11,7 +11,7 @@ Before that racecheck is asked about a small program, sanitize_control.cu, with 
 apart. Some of what kernels do it cannot be relied on to follow (sanitize_twin.py says what), so they are judged by
 twins, the same text but for that: what it says of a twin counts for the kernel, if it can tell races of twins in the
 small program. If it cannot, or where there is no twin, they are called unsure and counted by themselves. What that
-line says that it does not see `python benchmarks/races.py` looks for in the emulator, in kernels of decode attention.
+line says that it does not see `python benchmarks/races.py` looks for in the emulator.
 Ends with 1 where a tool reports anything else, or where a kernel was left out for want of time.
 """
 
