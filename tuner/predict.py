@@ -28,8 +28,13 @@ _CTA_BYTES_PER_CYCLE = 32.0
 """What one CTA alone reads per clock: the last one to arrive merges a head's splits by itself."""
 _CLUSTER_CYCLES = 2000
 """What a cluster takes to begin together, to meet twice, and to begin reading each other's shared memory: the median of
-ten pairs of equal splits, with clusters and without, on an H200, in which it was 300 to 4700 (docs/kernel-notes.md).
-Clusters that store meet once and read nothing: what they take was not told apart yet, so they are charged the same."""
+ten pairs of equal splits, with clusters and without, on an H200, in which it was 300 to 4700 (docs/kernel-notes.md)."""
+_PUSH_CYCLES = 1000
+"""The same of clusters that store, which meet once and read nothing."""
+_EARLY_SHARE = 0.65
+"""What counts of the code around the loop with ``beginning=early``: more of it than of others is for other cases, and
+some runs while tokens travel. Both are fitted to the times of 307 winners on an H200 alone on its host
+(docs/kernel-notes.md)."""
 CLUSTERS_SEEN = ("sm_90",)
 """Architectures of which it was seen how many clusters they hold at once (``Target.held_ctas``)."""
 _CONFLICTS = {4: 3.4, 3: 1.9}
@@ -132,7 +137,7 @@ def _reduction_us(config: Config, sharers: list[int], shape: Shape, target: Targ
     if plan.cluster > 1:
         rows = -(-rows // plan.cluster)
         read = min(max(sharers, default=0), plan.cluster) * rows * row_bytes / _CTA_BYTES_PER_CYCLE
-        clustered_us = (_CLUSTER_CYCLES + read) / target.clock_mhz
+        clustered_us = ((_PUSH_CYCLES if plan.pushes else _CLUSTER_CYCLES) + read) / target.clock_mhz
         sharers = [-(-n // plan.cluster) for n in sharers]
     slots = sum(n for n in sharers if n > 1)
     if not slots:
@@ -200,7 +205,7 @@ def predict(
         shared_bytes=built.shared_bytes + geometry.shared_bytes,
         ctas=tuple((n * head_groups, -(-groups // step_groups)) for n, groups in quotas),
         step=step,
-        once=_outside(sass, loop, target),
+        once=_outside(sass, loop, target).times(_EARLY_SHARE if plan.early else 1.0),
         tiles_in_flight=stages,
         bytes_in_flight=stages * step_bytes,
         memory_bytes=cache_bytes(shape, problem.layout, bucket) * _overfetch(config, problem.layout, shape),
