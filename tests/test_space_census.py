@@ -33,7 +33,7 @@ def walk(space: Space, problem: Problem) -> Census:
 
 @pytest.mark.parametrize("op", ["decode", "dequant", "store"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_counts_what_a_walk_counts(op: str, name: str) -> None:
+def test_counts_what_a_walk_counts(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a part of the space that is drawn, but holds the default, so that something is left."""
     rng = random.Random(f"{op} {name}")
     problem = Problem(op, rng.choice((128, 256)), rng.choice((4, 6)) if op == "decode" else 1, name)
@@ -46,6 +46,9 @@ def test_counts_what_a_walk_counts(op: str, name: str) -> None:
         small = small.restricted({axis.name: tuple(kept)})
     counted = census(small, problem, TARGET)
     assert counted == walk(small, problem) and counted.alive and any(counted.alone.values())
+    for large in (0, 8, 64):  # as in a space with masks of many points: all, some or few of them
+        monkeypatch.setattr("tuner.space.census._LARGE", large)
+        assert census(small, problem, TARGET) == counted
     left = [v for v in small if not small.refusals(small.config(problem, v), TARGET)]
     assert list(points_left(small, problem, TARGET)) == left
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +32,14 @@ def census(space: Space, problem: Problem, target: Target) -> Census:
     """The counts of ``space`` for ``problem`` on ``target``."""
     grid = Grid(space, problem)
     refused = {constraint.name: _refused(grid, constraint, target) for constraint in space.constraints}
-    allowed = {name: ~mask for name, mask in refused.items()}
+    allowed = [_Mask.of(~mask) for mask in refused.values()]
+    alive = _count(space, allowed)
+    others = dict(zip(refused, _counts_without_each(space, allowed), strict=True))
     return Census(
         total=space.size,
-        alive=_count(space, *allowed.values()),
-        refused={name: _count(space, mask) for name, mask in refused.items()},
-        alone={name: _count(space, *(allowed | {name: mask}).values()) for name, mask in refused.items()},
+        alive=alive,
+        refused={name: _count(space, [_Mask.of(mask)]) for name, mask in refused.items()},
+        alone={name: count - alive for name, count in others.items()},
     )
 
 
@@ -54,16 +56,64 @@ def points_left(space: Space, problem: Problem, target: Target) -> Iterator[dict
 def _refused(grid: Grid, constraint: Constraint, target: Target) -> npt.NDArray[np.bool_]:
     """Where ``constraint`` refuses, a dimension per axis: of length 1 where the axis does not matter."""
     answers = grid.answers(lambda config: bool(constraint.refuses(config, target)))
-    return np.array(answers.values)[answers.index]
+    return answers.index == (answers.values.index(True) if True in answers.values else len(answers.values))
 
 
-def _count(space: Space, *masks: npt.NDArray[np.bool_]) -> int:
-    """Points at which all ``masks`` are true: the sum of their product, which needs no array of all axes at once."""
-    free = set(range(len(space.axes)))
+_LARGE = 1 << 20
+"""Points of a mask beyond which a contraction takes longer than all those of smaller masks."""
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """1 where a point is allowed, 0 elsewhere, or sums of such: a dimension per axis that is in ``read``, in order."""
+
+    counts: npt.NDArray[np.int64]
+    read: tuple[int, ...]
+
+    @staticmethod
+    def of(mask: npt.NDArray[np.bool_]) -> _Mask:
+        return _Mask(mask.astype(np.int64).squeeze(), tuple(n for n, size in enumerate(mask.shape) if size > 1))
+
+
+def _contract(masks: Sequence[_Mask], kept: Iterable[int]) -> _Mask:
+    """The product of ``masks``, summed over all axes but ``kept``: it needs no array of all axes at once."""
+    read = tuple(sorted({n for mask in masks for n in mask.read}.intersection(kept)))
     operands: list[Any] = []
     for mask in masks:
-        read = [n for n, size in enumerate(mask.shape) if size > 1]
-        free -= set(read)
-        operands += mask.astype(np.int64).squeeze(), read
-    summed = np.einsum(*operands, [], optimize="greedy") if masks else 1
-    return int(summed) * math.prod(len(space.axes[n].values) for n in free)
+        operands += mask.counts, mask.read
+    return _Mask(np.einsum(*operands, read, optimize="greedy"), read) if masks else _Mask(np.array(1), ())
+
+
+def _count(space: Space, masks: Sequence[_Mask]) -> int:
+    """Points at which all ``masks`` are true."""
+    return int(_contract(masks, ()).counts) * _free(space, masks)
+
+
+def _free(space: Space, masks: Sequence[_Mask]) -> int:
+    """Points of the axes that no mask reads."""
+    read = {n for mask in masks for n in mask.read}
+    return math.prod(len(axis.values) for n, axis in enumerate(space.axes) if n not in read)
+
+
+def _counts_without_each(space: Space, masks: Sequence[_Mask]) -> list[int]:
+    """For each of ``masks``: points at which all others are true.
+
+    Half of the small masks are contracted with the large ones for the axes that the other half reads, which is then
+    halved itself: only the first of these contractions are large, where one per mask would be.
+    """
+    large = [n for n, mask in enumerate(masks) if mask.counts.size > _LARGE]
+    small = sorted(set(range(len(masks))) - set(large), key=lambda n: masks[n].read)
+    sums: dict[int, int] = {n: int(_contract([*masks[:n], *masks[n + 1 :]], ()).counts) for n in large}
+
+    def halve(carried: list[_Mask], left: list[int]) -> None:
+        if len(left) == 1:
+            sums[left[0]] = int(_contract(carried, ()).counts)
+            return
+        middle = len(left) // 2
+        for kept, others in ((left[:middle], left[middle:]), (left[middle:], left[:middle])):
+            axes = {axis for n in kept for axis in masks[n].read}
+            halve([_contract([*carried, *(masks[n] for n in others)], axes)], kept)
+
+    if small:
+        halve([masks[n] for n in large], small)
+    return [sums[n] * _free(space, [*masks[:n], *masks[n + 1 :]]) for n in range(len(masks))]

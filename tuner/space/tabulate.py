@@ -27,7 +27,7 @@ class Answers:
     space, of length 1 where the axis does not matter."""
 
     values: tuple[Any, ...]
-    index: npt.NDArray[np.int64]
+    index: npt.NDArray[np.integer[Any]]
 
 
 class Grid:
@@ -54,7 +54,8 @@ class Grid:
         values = {value: n for n, value in enumerate(dict.fromkeys(value for _, value in leaves))}
         keys = list(dict.fromkeys(key for path, _ in leaves for key in path))
         read = [self.answers(key) for key in keys]
-        tree = np.empty([len(answers.values) for answers in read], dtype=np.int64)
+        narrow = np.min_scalar_type(len(values))  # an index may have many millions of points
+        tree = np.empty([len(answers.values) for answers in read], dtype=narrow)
         for path, value in leaves:
             tree[tuple(path.get(key, slice(None)) for key in keys)] = values[value]
         index = tree[tuple(answers.index for answers in read)]
@@ -81,7 +82,7 @@ class Grid:
         index = np.zeros([1] * len(self.space.axes), dtype=np.int64)
         for part in map(self._tree, map(joint.part, joint.attributes)):
             count = len(part.values)
-            codes = index * count + part.index
+            codes = index * count + part.index.astype(np.int64)
             occurring, numbers = np.unique(codes, return_inverse=True)
             values = [(*values[code // count], part.values[code % count]) for code in occurring.tolist()]
             index = numbers.reshape(codes.shape)
