@@ -93,7 +93,8 @@ def subjects(folder: Path, arch: str) -> Iterator[Subject]:
 
 def with_twins(found: Sequence[Subject], arch: str, work: Path) -> list[Subject]:
     """``found`` with a twin in the place of each kernel that needs one. Where there is none the kernel stays, and a
-    line says why: it does not compile, or the kernel was made from other templates than its twin would be.
+    line says why: it does not compile, the kernel's text is not as expected, or it was made from other templates than
+    its twin would be.
     """
     sources = {s.kernel.id: source for s in found if s.needs_twin and (source := _twin_source(s))}
     results = build(sources.values(), [arch], root=work / "twins")

@@ -84,8 +84,8 @@ def comes_piecemeal(config: Config, order: CacheOrder) -> bool:
     """
     slot = config.problem.layout.slot_bytes
     side_by_side = order.head == slot and order.token == order.kv_heads * slot
-    starts = (order.address, order.block, order.plane, 8 * slot)  # eight slots end at a multiple of 16 bytes
-    return config["load"] == "bulk" and not (side_by_side and not any(start % 16 for start in starts))
+    aligned = not any(start % 16 for start in (order.address, order.block, order.plane))
+    return config["load"] == "bulk" and not (side_by_side and aligned)
 
 
 def reads_head_major(config: Config) -> bool:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from tuner.errors import TunerError
 from tuner.search.evaluate import Candidate, Evaluator, Scored, limit_us, score_of
+from tuner.search.known import winners_elsewhere, winners_here
 from tuner.search.progress import Tracker
 from tuner.search.request import Failure, OnEvent, TuneRequest
 from tuner.space import get_space
@@ -115,8 +116,6 @@ class Search:
 
     def _begin_with_landmarks(self) -> None:
         """Then with what won before on this device, what tends to win, and what won on others, as far as allowed."""
-        from tuner.search.known import winners_elsewhere, winners_here
-
         space, problem, device = self._space(), self.request.problem, self.request.target.device_name
         axes = {axis.name: axis.values for axis in space.restricted(self.request.restrict).axes}
         default, seed, *leads = self._landmarks(space)

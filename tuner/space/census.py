@@ -38,7 +38,7 @@ def census(space: Space, problem: Problem, target: Target) -> Census:
     return Census(
         total=space.size,
         alive=alive,
-        refused={name: _count(space, [_Mask.of(mask)]) for name, mask in refused.items()},
+        refused={name: space.size // mask.size * int(np.count_nonzero(mask)) for name, mask in refused.items()},
         alone={name: count - alive for name, count in others.items()},
     )
 
@@ -56,7 +56,7 @@ def points_left(space: Space, problem: Problem, target: Target) -> Iterator[dict
 def _refused(grid: Grid, constraint: Constraint, target: Target) -> npt.NDArray[np.bool_]:
     """Where ``constraint`` refuses, a dimension per axis: of length 1 where the axis does not matter."""
     answers = grid.answers(lambda config: bool(constraint.refuses(config, target)))
-    return answers.index == (answers.values.index(True) if True in answers.values else len(answers.values))
+    return answers.index == answers.values.index(True) if True in answers.values else np.zeros_like(answers.index, bool)
 
 
 _LARGE = 1 << 20
