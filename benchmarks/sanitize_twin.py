@@ -36,7 +36,7 @@ _ENTRY = re.compile(r"^extern \"C\" __global__ .* wph_(?:decode|dequant)\(const 
 _CALL = "sync_named("
 _TOGETHER = "sync_warp();\n        "
 _BY_LANE = (
-    ("mbarrier_init(empty_barrier(0, thread), STRIPE_", "mbarrier_init(empty_barrier(0, thread), 32 * STRIPE_"),
+    (", STRIPE_WARPS);\n", ", 32 * STRIPE_WARPS);\n"),
     (f"{_TOGETHER}if (lane == 0) mbarrier_arrive(empty_barrier(", f"{_TOGETHER}mbarrier_arrive(empty_barrier("),
 )
 """How a stage is given back, and how in a twin."""

@@ -14,7 +14,7 @@ from emulated import emulate_decode
 from tuner.emulate import compile_many
 from tuner.formats import FORMATS, HEAD_DIMS, slot_layout
 from tuner.launch import cache_order
-from tuner.reference import Case, Codec, bulk_case, codebook, make_cache, store
+from tuner.reference import Case, Codec, bulk_case, codebook, make_cache, store, synthetic_cache
 from tuner.render import render
 from tuner.space import Config, Problem, default_config, get_space, seed_config
 from tuner.space.core import Value
@@ -47,8 +47,10 @@ def draw(chooser: random.Random, problem: Problem, warps: int) -> dict[str, Valu
         values["query"] = "shared"
     if values["query"] == "paired" and problem.gqa > 4:
         values["query"] = "joined"
-    if values["lookup"] in ("spread", "woven") and (problem.layout.key.bits != 4 or values["math"] != "mma"):
-        values["lookup"] = "replicated" if problem.layout.format.key_codebook else "table"
+    if not problem.layout.format.key_codebook:
+        values["lookup"] = "table"
+    elif values["lookup"] == "woven" and values["math"] != "mma":
+        values["lookup"] = "spread"
     if values["words"] == "adjacent" and not has_unaligned_fields(SPACE.config(problem, values)):
         values["words"] = "strided"
     if problem.layout.format.has_signs:
@@ -128,6 +130,7 @@ PERSISTENT = DEFAULT.with_(schedule="stream", reduction="kernel")
 SHARED = DEFAULT.with_(schedule="share", reduction="kernel")
 DEALT = DEFAULT.with_(schedule="deal", lookup="woven", query="paired", words="adjacent", tail="apart")
 EARLY = DEALT.with_(beginning="early")
+PROMPT = DEALT.with_(beginning="prompt")
 
 
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128, 4176, 8320])
@@ -150,8 +153,11 @@ def test_block_sizes(block_size: int) -> None:
         EARLY,
         EARLY.with_(load="bulk_rows", warps=16, head_warps=8, stages=3),
         EARLY.with_(load="bulk", words="strided", head_warps=4, stages=1, schedule="grid", reduction="all"),
-        PERSISTENT.with_(warps=1, beginning="early"),
-        DEFAULT.with_(lookup="shuffle", beginning="early"),
+        PROMPT,
+        PROMPT.with_(load="bulk_rows", warps=16, head_warps=8, stages=3),
+        PROMPT.with_(load="bulk", words="strided", head_warps=4, stages=1, schedule="grid", reduction="all"),
+        PERSISTENT.with_(warps=1, beginning="prompt"),
+        DEFAULT.with_(lookup="shuffle", beginning="prompt"),
     ],
 )
 @pytest.mark.parametrize("splits", [1, 2, 7, 9, 13, 40])
@@ -170,6 +176,26 @@ def test_pieces_of_many_requests_are_counted_exactly() -> None:
     assert not torch.equal(emulate_decode(config, case, 155)[-1], seven)
     for splits in (150, 155, 156, 450):
         check(config, case, splits, concurrent_ctas=3)
+
+
+@pytest.mark.parametrize("cache_format", ["turboquant_4bit_nc", "turboquant_3bit_nc", "turboquant_k8v4"])
+@pytest.mark.parametrize(("dim_warps", "load_bytes"), [(1, 16), (1, 8), (2, 4), (4, 16)])
+@pytest.mark.parametrize("kv_heads", [1, 3])
+def test_copies_find_every_row(kv_heads: int, dim_warps: int, load_bytes: int, cache_format: str) -> None:
+    """Rows of 3-bit slots whose distance is no multiple of 4 bytes: only every eighth starts as far from one of 16."""
+    config = default_config(Problem("decode", 256, 3, cache_format)).with_(stages=1, beginning="prompt")
+    config = config.with_(dim_warps=dim_warps, load_bytes=load_bytes, lookup="table")
+    case = synthetic_cache(config.problem.layout, (100, 16, 0, 33), q_heads=3 * kv_heads, kv_heads=kv_heads)
+    check(config, case)
+
+
+@pytest.mark.parametrize("lookup", ["spread", "woven"])
+@pytest.mark.parametrize("cache_format", ["turboquant_k3v4_nc", "turboquant_3bit_nc"])
+@pytest.mark.parametrize(("head_dim", "dim_warps"), [(64, 1), (128, 1), (128, 2), (256, 1), (256, 4), (512, 4)])
+def test_bytes_that_begin_with_two_3_bit_indices(head_dim: int, dim_warps: int, cache_format: str, lookup: str) -> None:
+    config = default_config(Problem("decode", head_dim, 2, cache_format))
+    config = config.with_(dim_warps=dim_warps, lookup=lookup, stages=1, tail="apart")
+    check(config, small_case(config, (100, 16, 0, 33)))
 
 
 @pytest.mark.parametrize("config", [DEFAULT, direct_variant(DEFAULT)])
@@ -205,7 +231,7 @@ def test_a_query_at_any_address(head_dim: int, gqa: int, warps: int, schedule: s
     """Rows that are read ahead: as vectors, and from an odd element on, heads one element further apart than they are
     long. One warp that has more rows of 256 than it holds at a time is among them."""
     config = default_config(Problem("decode", head_dim, gqa, FORMAT))
-    config = config.with_(warps=warps, dim_warps=1, stages=1, schedule=schedule, beginning="early")
+    config = config.with_(warps=warps, dim_warps=1, stages=1, schedule=schedule, beginning="prompt")
     case = small_case(config, (100, 40, 0))
     batch, heads, _ = case.query.shape
     room = torch.zeros(batch * heads * (head_dim + 1) + 1, dtype=case.query.dtype)
@@ -236,7 +262,7 @@ def test_one_block_table_row_for_all_requests() -> None:
     check(DEFAULT, expanded)
 
 
-@pytest.mark.parametrize("config", [PERSISTENT, SHARED, SHARED.with_(reduction="last"), DEALT, EARLY])
+@pytest.mark.parametrize("config", [PERSISTENT, SHARED, SHARED.with_(reduction="last"), DEALT, PROMPT])
 def test_many_requests_in_the_persistent_queue(config: Config) -> None:
     lengths = tuple((7 * i) % 50 for i in range(70))
     for splits in (3, 50, 70, 100):

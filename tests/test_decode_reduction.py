@@ -35,7 +35,7 @@ def test_branches_of_splits(cache_format: str, schedule: str) -> None:
     ("cache_format", "early"),
     [
         ("turboquant_4bit_nc", {}),
-        ("turboquant_4bit_nc", {"warps": 2, "beginning": "early"}),
+        ("turboquant_4bit_nc", {"warps": 2, "beginning": "prompt"}),
         ("turboquant_outlier", {}),
     ],
 )
@@ -94,6 +94,11 @@ CLUSTERED = [
     ("turboquant_4bit_nc", 128, 4, {"warps": 8, "head_warps": 4, "load": "bulk", "beginning": "early"}),
     ("turboquant_3bit_nc", 256, 8, {"warps": 4, "dim_warps": 2, "stages": 1, "beginning": "early"}),
     ("turboquant_k8v4", 512, 16, {"warps": 8, "dim_warps": 4, "stages": 1, "beginning": "early"}),
+    ("turboquant_4bit_nc", 64, 3, {"warps": 2, "beginning": "prompt"}),
+    ("turboquant_4bit_nc", 128, 4, {"warps": 8, "beginning": "prompt"}),
+    ("turboquant_3bit_nc", 256, 8, {"warps": 8, "dim_warps": 4, "stages": 1, "beginning": "prompt"}),
+    ("turboquant_4bit_nc", 512, 1, {"warps": 8, "dim_warps": 2, "stages": 1, "lookup": "table", "beginning": "prompt"}),
+    ("turboquant_k8v4", 128, 16, {"warps": 4, "head_warps": 2, "load": "bulk", "stages": 1, "beginning": "prompt"}),
 ]
 """Formats, head dims, groups and layouts of CTAs that a cluster has to add up."""
 
@@ -114,7 +119,7 @@ def test_clusters_of_splits(index: int) -> None:
     assert torch.equal(emulate_decode(config, case, 20), emulate_decode(config, case, 20, seed=3, concurrent_ctas=20))
 
 
-@pytest.mark.parametrize("beginning", ["ordered", "early"])
+@pytest.mark.parametrize("beginning", ["ordered", "early", "prompt"])
 @pytest.mark.parametrize("head_warps", [2, 4])
 def test_clusters_of_more_heads_than_there_are(head_warps: int, beginning: str) -> None:
     config = default_config(Problem("decode", 128, 4, "turboquant_4bit_nc"))

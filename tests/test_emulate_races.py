@@ -160,7 +160,10 @@ KERNELS = [
     CLUSTERED,
     STORING,
     TURNS,
-    decode("turboquant_k8v4", 128, 1, warps=8, load="bulk_rows", head_warps=4, tokens=32, beginning="early"),
+    STORING.with_(beginning="prompt"),
+    TURNS.with_(beginning="prompt"),
+    decode("turboquant_k8v4", 128, 1, warps=8, load="bulk_rows", head_warps=4, tokens=32, beginning="prompt"),
+    decode("turboquant_3bit_nc", 128, 4, lookup="woven", query="paired", schedule="deal", beginning="prompt"),
     decode("turboquant_outlier", 64, 8, warps=2, load="direct", stages=1, reduction="cluster2"),
     decode(
         FORMAT, 256, 16, warps=2, tokens=32, stages=1, query="joined", tail="apart", reduction="all", beginning="early"

@@ -44,6 +44,7 @@ DEQUANT = default_config(Problem("dequant", 256, 1, FORMAT)).with_(dim_warps=2, 
 STORING = default_config(Problem("decode", 128, 4, FORMAT)).with_(reduction="cluster2", beginning="early")
 TURNS = STORING.with_(load="bulk", warps=4, head_warps=4, tokens=16, lookup="spread", reduction="all")
 BOTH = TURNS.with_(reduction="cluster2")
+PROMPT = BOTH.with_(beginning="prompt")
 BY_LANE = (
     (
         "mbarrier_init(empty_barrier(0, thread), STRIPE_WARPS);",
@@ -71,15 +72,16 @@ def test_a_twin_is_the_kernel_with_another_meeting(config: Config) -> None:
     assert made[:begin].count("sync_named(") == 1, "its definition"
 
 
-@pytest.mark.parametrize(("config", "storing", "turns"), [(STORING, 1, 0), (TURNS, 0, 1), (BOTH, 1, 1)])
+@pytest.mark.parametrize(("config", "storing", "turns"), [(STORING, 1, 0), (TURNS, 0, 1), (BOTH, 1, 1), (PROMPT, 1, 1)])
 def test_a_twin_meets_after_initialising_and_every_lane_gives_back(config: Config, storing: int, turns: int) -> None:
     before, after = render(config).text.splitlines(), twin(config).text.splitlines()
     more = [line.strip() for line in after if line not in before]
     less = [line.strip() for line in before if line not in after]
     assert len(after) == len(before) + storing and needs_twin(config) and not has_named_barriers(config)
     assert after.count("    sync_cta();") == before.count("    sync_cta();") + storing
-    assert more == turns * [new for _, new in BY_LANE]
-    assert less == turns * [old for old, _ in BY_LANE]
+    number = "n" if config["beginning"] == "prompt" else "thread"
+    assert more == turns * [new.replace("thread", number) for _, new in BY_LANE]
+    assert less == turns * [old.replace("thread", number) for old, _ in BY_LANE]
 
 
 @pytest.mark.parametrize(

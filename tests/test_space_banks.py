@@ -64,6 +64,15 @@ def test_tokens_stand_where_the_template_deals_them(words: str) -> None:
     assert [_token(r, DecodePlan(config)) for r in range(8)] == [eval(expression, {"r": r}) for r in range(8)]
 
 
+@pytest.mark.parametrize(("head_dim", "dim_warps", "values"), [(128, 1, 3), (256, 1, 6), (256, 2, 3), (128, 2, 2)])
+def test_3_bit_values_are_read_two_bytes_at_a_time(head_dim: int, dim_warps: int, values: int) -> None:
+    """Where a lane's share is a multiple of six bytes: else, three bytes, in two words."""
+    config = default_config(Problem("decode", head_dim, 4, "turboquant_3bit_nc"))
+    config = config.with_(dim_warps=dim_warps, load="bulk")
+    keys = -(-3 * head_dim // dim_warps // 128) + 1
+    assert word_reads(config, 102 * 8)[0] == 2 * keys + 4 * values
+
+
 def test_pitches_of_each_way_to_load() -> None:
     assert token_pitch(bulk(128, 8), 8) == 8 * 134
     assert token_pitch(bulk(128, 8, load="bulk_rows"), 32) == 8 * 134

@@ -42,18 +42,26 @@ def _reads(config: Config, pitch: int) -> Iterator[list[int]]:
     plan, layout = DecodePlan(config), config.problem.layout
     per_key, per_value = plan.slice_dims * layout.key.bits // 32, plan.slice_dims * layout.value.bits // 64  # bytes
     whole = plan.alignment == 4
+    key_reads = list(_words(per_key, 4, layout.key.bits, whole, plan))
+    value_words = _words(per_value, 8, layout.value.bits, whole, plan)
+    value_reads = list(_halves(per_value) if plan.value_halves else value_words)
     for row in (0, 8):
-        for offset, at in _words(per_key, 4, layout.key.bits, whole, plan):
+        for offset, at in key_reads:
             yield [pitch * (_token(lane // 4, plan) + row) + at * (lane % 4) + offset for lane in _LANES]
     for row, far in ((0, 0), (1, 0), (0, 8), (1, 8)):
         tokens = [_token(2 * (lane % 4) + row, plan) + far for lane in _LANES]
-        for offset, at in _words(per_value, 8, layout.value.bits, whole, plan):
+        for offset, at in value_reads:
             yield [pitch * token + at * (lane // 4) + offset for lane, token in enumerate(tokens)]
 
 
 def _token(row: int, plan: DecodePlan) -> int:
     """Which token stands in a row of a matrix: as the template deals them."""
     return row // 2 + row % 2 * 4 if plan.adjacent else row
+
+
+def _halves(size: int) -> Iterator[tuple[int, int]]:
+    """As ``_words``, of what is read two bytes at a time."""
+    yield from ((2 * i, size) for i in range(size // 2))
 
 
 def _words(size: int, lanes: int, bits: int, whole: bool, plan: DecodePlan) -> Iterator[tuple[int, int]]:

@@ -34,9 +34,9 @@ AXES = (
     Axis("tail", ("masked", "apart"), "tokens past the end: masked in every step, or in a last one apart", "masked"),
     Axis(
         "beginning",
-        ("ordered", "early"),
+        ("ordered", "early", "prompt"),
         "everything in order; or early: only what depends on lengths waits for them, warps ask for tokens in turn, "
-        "clusters store their sums",
+        "clusters store their sums; or prompt: mbarriers are opened meanwhile, and copies cost fewer instructions",
         "ordered",
     ),
 )
@@ -100,11 +100,6 @@ CONSTRAINTS = (
         lambda c, _: not c.problem.layout.format.key_codebook and c["lookup"] != "table",
     ),
     Constraint(
-        "spread_bytes",
-        "the spread and the woven table are addressed by bytes of two 4-bit indices",
-        lambda c, _: c["lookup"] in ("spread", "woven") and c.problem.layout.key.bits != 4,
-    ),
-    Constraint(
         "woven_query",
         "tensor-core fragments of the query must fill no more than the woven table's gaps",
         lambda c, _: c["lookup"] == "woven" and (c["math"] != "mma" or _overfills_gaps(DecodePlan(c))),
@@ -162,7 +157,12 @@ CONSTRAINTS = (
     Constraint(
         "early_query",
         "rows of the query are read ahead as they lie: without signs, and channels in their order",
-        lambda c, _: c["beginning"] == "early" and c.problem.layout.format.has_signs,
+        lambda c, _: c["beginning"] != "ordered" and c.problem.layout.format.has_signs,
+    ),
+    Constraint(
+        "prompt_copies",
+        "a prompt beginning has mbarriers to open, or asynchronous copies to ask for",
+        lambda c, _: c["beginning"] == "prompt" and c["load"] == "direct" and DecodePlan(c).cluster == 1,
     ),
     Constraint(
         "resident_warps",
@@ -251,19 +251,19 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     the merging.
     """
     dims = default_config(problem)["dim_warps"]
-    codebook, key = problem.layout.format.key_codebook, problem.layout.key
-    replicated = "replicated" if codebook else "table"
-    spread, woven = ("spread", "woven") if codebook and key.bits == 4 else (replicated, replicated)
+    codebook = problem.layout.format.key_codebook
+    replicated, spread, woven = ("replicated", "spread", "woven") if codebook else ("table", "table", "table")
     bulk: dict[str, Value] = {"schedule": "share", "dim_warps": dims} | _bulk(problem, kv_heads, 8)
     allowed = {axis.name: axis.values for axis in AXES}
     alone: dict[str, Value] = {"load": "cp_async", "tokens": 16, "dim_warps": dims}
     sliced = alone | {"warps": 8, "dim_warps": 2 * dims}
+    thin = alone | {"warps": 8, "dim_warps": min(4, problem.layout.block_d // 64)}
     # What 99 KB of shared memory hold.
     lookups = ((3, "table"), (2, "prmt"), (2, "shuffle"), (1, "shuffle")) if codebook else ((4, "table"), (2, "table"))
     small = [alone | {"warps": 8, "stages": stages, "lookup": lookup} for stages, lookup in lookups]
     # Two tiles of query heads leave registers for whole rows where the query's halves meet in one sum.
     query = "paired" if problem.gqa <= 4 else "joined" if problem.gqa > 8 else "shared"
-    beginning = "ordered" if problem.layout.format.has_signs else "early"
+    beginning = "ordered" if problem.layout.format.has_signs else "prompt"
     lean: dict[str, Value] = {"tail": "apart", "query": query, "beginning": beginning}
     dealt = bulk | lean | {"schedule": "deal"}
     whole = dealt | {"tokens": 32, "dim_warps": 1 if problem.layout.block_d <= 256 else dims}
@@ -287,6 +287,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         alone | lean | {"warps": 8, "lookup": spread, "reduction": "cluster8"},
         alone | lean | {"warps": 16, "lookup": spread, "reduction": "cluster2"},
         sliced | lean | {"lookup": spread, "reduction": "cluster8"},
+        thin | lean | {"lookup": spread, "reduction": "cluster8"},
+        alone | lean | {"warps": 8, "lookup": spread, "reduction": "cluster2"},
         sliced | lean | {"warps": 16, "lookup": spread, "reduction": "cluster2"},
         alone | lean | {"warps": 8, "lookup": spread, "reduction": "cluster4"},
         alone | lean | {"warps": 8, "lookup": spread},

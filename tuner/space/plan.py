@@ -85,7 +85,13 @@ class DecodePlan:
     @property
     def early(self) -> bool:
         """What no length decides is asked for before any is known, and a warp's whole query before the tokens."""
-        return bool(self.config["beginning"] == "early")
+        return self.config["beginning"] in ("early", "prompt")
+
+    @property
+    def prompt(self) -> bool:
+        """Besides, mbarriers are opened while that travels, by one lane of each warp, and lanes that copy a token's row
+        find out once where it starts."""
+        return bool(self.config["beginning"] == "prompt")
 
     @property
     def fills_before(self) -> bool:
@@ -97,6 +103,13 @@ class DecodePlan:
         """The query is filed while the ids of blocks travel, not while tokens do: where every lane asks for tokens,
         asking takes as long as the first of them."""
         return self.early and self.config["load"] == "cp_async"
+
+    @property
+    def fills_aside(self) -> bool:
+        """The warps that have no row of the query to file fill the lookup table, where they are half and more."""
+        rows = self.config["head_warps"] * self.config.problem.gqa
+        idle = self.prompt and self.files_first and self.config["warps"] >= 2 * rows
+        return bool(idle and self.lookup_bytes and not self.fills_before)
 
     @property
     def asks_in_turn(self) -> bool:
@@ -197,16 +210,27 @@ class DecodePlan:
     def lookup_stride(self) -> int:
         """Bytes between entries of the pair table (every pair of indices to two halves); 0: no table.
 
-        An entry is there once, or once per bank; 256 bytes apart, a byte of two 4-bit indices is byte 1 of its address.
+        An entry is there once, or once per bank; 256 bytes apart, a byte that begins with two indices is byte 1 of its
+        address.
         """
         strides = {"table": 4, "replicated": 128, "spread": 256, "woven": 256}
         codebook = self.config.problem.layout.format.key_codebook
         return strides.get(str(self.config["lookup"]), 0) if codebook else 0
 
+    @property
+    def lookup_entries(self) -> int:
+        """Entries of the pair table: pairs of indices, or bytes that begin with one."""
+        return 256 if self.lookup_stride == 256 else int(1 << 2 * self.config.problem.layout.format.key_bits)
+
     @cached_property
     def lookup_bytes(self) -> int:
         """Size of the pair table, a power of two; but where it is woven, it is aligned to a multiple of that."""
-        return self.lookup_stride << (2 * self.config.problem.layout.format.key_bits)
+        return self.lookup_stride * self.lookup_entries
+
+    @property
+    def value_halves(self) -> bool:
+        """3-bit values are read two bytes at a time: a lane's share of a row is a multiple of six bytes."""
+        return self.config.problem.layout.value.bits == 3 and self.slice_dims >= 128
 
     shared_start = SHARED_START
 
@@ -354,6 +378,23 @@ class DecodePlan:
         """Rows that a CTA adds up, from each of the cluster."""
         rows = -(-self.config["head_warps"] * self.config.problem.gqa // self.cluster) * self.cluster
         return 4 * rows * self.merge_pitch if self.pushes else 0
+
+    @property
+    def send_slices(self) -> int:
+        """Warps that share a query head whose sums they send to where a cluster adds them up."""
+        return self._slices(self.config["head_warps"] * self.config.problem.gqa)
+
+    @property
+    def inbox_slices(self) -> int:
+        """Warps that share a query head where they are added up."""
+        return self._slices(-(-self.config["head_warps"] * self.config.problem.gqa // self.cluster))
+
+    def _slices(self, rows: int) -> int:
+        """Parts of each of ``rows``: as many as there are warps for, of two coefficients per lane and more."""
+        per_lane, slices = self.config.problem.layout.block_d // 32, 1
+        while 2 * slices * rows <= self.config["warps"] and 4 * slices <= per_lane:
+            slices *= 2
+        return slices
 
     @property
     def inbox_offset(self) -> int:
