@@ -94,7 +94,8 @@ def compiled() -> None:
 
 def test_the_matrix_reaches_every_axis_value_and_group() -> None:
     for axis in SPACE.axes:
-        assert {c[axis.name] for c in matrix()} == set(axis.values), axis.name
+        wanted = set(axis.values) - {"early"}  # of recorded kernels only
+        assert {c[axis.name] for c in matrix()} == wanted, axis.name
     assert {c.problem.gqa for c in matrix()} == set(GROUPS)
 
 
@@ -114,7 +115,7 @@ def measured_kernels() -> list[Config]:
 
 @pytest.mark.parametrize("config", measured_kernels(), ids=Config.describe)
 def test_what_the_package_ships_as_measured_agrees_with_the_reference(config: Config) -> None:
-    check(config, small_case(config, (0, 1, 70, 300)))
+    check(config, small_case(config, (0, 1, 70, 200)))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -150,9 +151,7 @@ def test_block_sizes(block_size: int) -> None:
         DEFAULT.with_(schedule="share", warps=1),
         DEALT,
         DEALT.with_(warps=1, reduction="kernel"),
-        EARLY,
         EARLY.with_(load="bulk_rows", warps=16, head_warps=8, stages=3),
-        EARLY.with_(load="bulk", words="strided", head_warps=4, stages=1, schedule="grid", reduction="all"),
         PROMPT,
         PROMPT.with_(load="bulk_rows", warps=16, head_warps=8, stages=3),
         PROMPT.with_(load="bulk", words="strided", head_warps=4, stages=1, schedule="grid", reduction="all"),
@@ -160,7 +159,7 @@ def test_block_sizes(block_size: int) -> None:
         DEFAULT.with_(lookup="shuffle", beginning="prompt"),
     ],
 )
-@pytest.mark.parametrize("splits", [1, 2, 7, 9, 13, 40])
+@pytest.mark.parametrize("splits", [1, 2, 9, 40])
 def test_any_number_of_splits(config: Config, splits: int) -> None:
     lengths = (0, 333, 1, 0, 64, 16, 15, 129)
     check(config, small_case(config, lengths), splits, seed=splits, concurrent_ctas=1 + splits % 4)
@@ -178,21 +177,36 @@ def test_pieces_of_many_requests_are_counted_exactly() -> None:
         check(config, case, splits, concurrent_ctas=3)
 
 
-@pytest.mark.parametrize("cache_format", ["turboquant_4bit_nc", "turboquant_3bit_nc", "turboquant_k8v4"])
-@pytest.mark.parametrize(("dim_warps", "load_bytes"), [(1, 16), (1, 8), (2, 4), (4, 16)])
-@pytest.mark.parametrize("kv_heads", [1, 3])
-def test_copies_find_every_row(kv_heads: int, dim_warps: int, load_bytes: int, cache_format: str) -> None:
-    """Rows of 3-bit slots whose distance is no multiple of 4 bytes: only every eighth starts as far from one of 16."""
+@pytest.mark.parametrize(
+    ("cache_format", "kv_heads", "dim_warps", "load_bytes"),
+    [
+        ("turboquant_4bit_nc", 1, 1, 16),
+        ("turboquant_4bit_nc", 3, 1, 8),
+        ("turboquant_3bit_nc", 1, 1, 16),
+        ("turboquant_3bit_nc", 3, 2, 4),
+        ("turboquant_k8v4", 1, 4, 16),
+    ],
+)
+def test_copies_find_every_row(cache_format: str, kv_heads: int, dim_warps: int, load_bytes: int) -> None:
+    """Rows whose distance is no multiple of 4 bytes: only every eighth starts as far from a multiple of 16."""
     config = default_config(Problem("decode", 256, 3, cache_format)).with_(stages=1, beginning="prompt")
     config = config.with_(dim_warps=dim_warps, load_bytes=load_bytes, lookup="table")
     case = synthetic_cache(config.problem.layout, (100, 16, 0, 33), q_heads=3 * kv_heads, kv_heads=kv_heads)
     check(config, case)
 
 
-@pytest.mark.parametrize("lookup", ["spread", "woven"])
-@pytest.mark.parametrize("cache_format", ["turboquant_k3v4_nc", "turboquant_3bit_nc"])
-@pytest.mark.parametrize(("head_dim", "dim_warps"), [(64, 1), (128, 1), (128, 2), (256, 1), (256, 4), (512, 4)])
-def test_bytes_that_begin_with_two_3_bit_indices(head_dim: int, dim_warps: int, cache_format: str, lookup: str) -> None:
+@pytest.mark.parametrize(
+    ("cache_format", "head_dim", "dim_warps", "lookup"),
+    [
+        ("turboquant_k3v4_nc", 64, 1, "woven"),
+        ("turboquant_3bit_nc", 64, 1, "spread"),
+        ("turboquant_3bit_nc", 128, 1, "woven"),
+        ("turboquant_k3v4_nc", 256, 1, "spread"),
+        ("turboquant_3bit_nc", 256, 4, "woven"),
+        ("turboquant_3bit_nc", 512, 4, "spread"),
+    ],
+)
+def test_bytes_that_begin_with_two_3_bit_indices(cache_format: str, head_dim: int, dim_warps: int, lookup: str) -> None:
     config = default_config(Problem("decode", head_dim, 2, cache_format))
     config = config.with_(dim_warps=dim_warps, lookup=lookup, stages=1, tail="apart")
     check(config, small_case(config, (100, 16, 0, 33)))

@@ -1,4 +1,6 @@
-"""What won before: the kernels of dispatch tables for the same problem, which a search tries first."""
+"""What won before: the kernels of dispatch tables for the same problem, which a search tries first, with what replaced
+values of theirs since.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from pathlib import Path
 
 from tuner.errors import TunerError
 from tuner.space import Config, Problem
+from tuner.space.decode import renewed
 from tuner.table import find, read, table_file_name
 from tuner.table.store import PACKAGE_TABLES
 
@@ -35,6 +38,7 @@ def _winners(path: Path, problem: Problem) -> Iterator[Config]:
     served = Counter([e.kernel for e in table.by_batch] + [e.kernel for e in table.by_batch_and_context])
     for kernel in sorted(table.kernels, key=lambda k: -served[k.id]):
         try:
-            yield kernel.config(problem)
+            config = kernel.config(problem)
+            yield renewed(config) if problem.op == "decode" else config
         except TunerError:
             continue

@@ -160,9 +160,9 @@ CONSTRAINTS = (
         lambda c, _: c["beginning"] != "ordered" and c.problem.layout.format.has_signs,
     ),
     Constraint(
-        "prompt_copies",
-        "a prompt beginning has mbarriers to open, or asynchronous copies to ask for",
-        lambda c, _: c["beginning"] == "prompt" and c["load"] == "direct" and DecodePlan(c).cluster == 1,
+        "replaced_beginning",
+        "a prompt beginning is an early one that costs less: early ones are only what tables recorded",
+        lambda c, _: c["beginning"] == "early",
     ),
     Constraint(
         "resident_warps",
@@ -210,6 +210,11 @@ def default_config(problem: Problem) -> Config:
     config = _fewest_slices(problem, tokens=16)
     least = min(target.shared_bytes_per_cta for target in TARGETS.values())
     return config if DecodePlan(config).shared_bytes <= least else config.with_(stages=1)
+
+
+def renewed(config: Config) -> Config:
+    """``config`` with what replaced a value of its own since: what a table recorded, as a search would try it today."""
+    return config.with_(beginning="prompt") if config["beginning"] == "early" else config
 
 
 def direct_variant(config: Config) -> Config:
