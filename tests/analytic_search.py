@@ -132,13 +132,14 @@ from analytic_search import Analytic, request_for
 from tuner.search import tune
 root = Path({root!r})
 request = request_for(root, **{changes!r})
-tune(request, lambda e: print(e.progress.done, flush=True), Analytic(root, pause_s=0.4))
+tune(request, lambda e: print(e.progress.done, flush=True), Analytic(root, pause_s={pause_s}))
 """
 
 
-def child(root: Path, trials: int, **changes: object) -> subprocess.Popen[str]:
-    """A worker of its own, which prints how many trials are done."""
-    code = _CHILD.format(tests=str(Path(__file__).parent), root=str(root), changes={"trials": trials, **changes})
+def child(root: Path, trials: int, pause_s: float = 0.4, **changes: object) -> subprocess.Popen[str]:
+    """A worker of its own, which prints how many trials are done; ``pause_s`` as in Analytic."""
+    tests, changes = str(Path(__file__).parent), {"trials": trials, **changes}
+    code = _CHILD.format(tests=tests, root=str(root), changes=changes, pause_s=pause_s)
     return subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
     )

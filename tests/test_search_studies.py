@@ -81,7 +81,7 @@ def test_resume_after_sigkill(tmp_path: Path) -> None:
 
 
 def test_workers_share_a_study(tmp_path: Path) -> None:
-    other = child(tmp_path, 12)
+    other = child(tmp_path, 12, pause_s=2)  # slow enough for this one to begin before all is done
     assert other.stdout and int(other.stdout.readline()) == 1
     _, evaluator, _ = search(tmp_path, Analytic(tmp_path, pause_s=0.4), trials=12)
     other.communicate()
