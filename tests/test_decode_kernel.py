@@ -115,7 +115,7 @@ def measured_kernels() -> list[Config]:
 
 @pytest.mark.parametrize("config", measured_kernels(), ids=Config.describe)
 def test_what_the_package_ships_as_measured_agrees_with_the_reference(config: Config) -> None:
-    check(config, small_case(config, (0, 1, 70, 200)))
+    check(config, small_case(config, (0, 1, 70, 300)))
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -151,6 +151,7 @@ def test_block_sizes(block_size: int) -> None:
         DEFAULT.with_(schedule="share", warps=1),
         DEALT,
         DEALT.with_(warps=1, reduction="kernel"),
+        EARLY,
         EARLY.with_(load="bulk_rows", warps=16, head_warps=8, stages=3),
         PROMPT,
         PROMPT.with_(load="bulk_rows", warps=16, head_warps=8, stages=3),
@@ -159,7 +160,7 @@ def test_block_sizes(block_size: int) -> None:
         DEFAULT.with_(lookup="shuffle", beginning="prompt"),
     ],
 )
-@pytest.mark.parametrize("splits", [1, 2, 9, 40])
+@pytest.mark.parametrize("splits", [1, 2, 7, 9, 13, 40])
 def test_any_number_of_splits(config: Config, splits: int) -> None:
     lengths = (0, 333, 1, 0, 64, 16, 15, 129)
     check(config, small_case(config, lengths), splits, seed=splits, concurrent_ctas=1 + splits % 4)

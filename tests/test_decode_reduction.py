@@ -90,6 +90,9 @@ CLUSTERED = [
     ("turboquant_outlier", 128, 4, {"warps": 2, "dim_warps": 2}),
     ("turboquant_outlier", 64, 6, {"warps": 2, "math": "fma", "accumulate": "f32"}),
     ("turboquant_seed", 128, 8, {"warps": 2, "head_warps": 2}),
+    ("turboquant_4bit_nc", 64, 3, {"warps": 2, "beginning": "early"}),
+    ("turboquant_4bit_nc", 128, 4, {"warps": 8, "head_warps": 4, "load": "bulk", "beginning": "early"}),
+    ("turboquant_3bit_nc", 256, 8, {"warps": 4, "dim_warps": 2, "stages": 1, "beginning": "early"}),
     ("turboquant_4bit_nc", 64, 3, {"warps": 2, "beginning": "prompt"}),
     ("turboquant_4bit_nc", 128, 4, {"warps": 8, "beginning": "prompt"}),
     ("turboquant_3bit_nc", 256, 8, {"warps": 8, "dim_warps": 4, "stages": 1, "beginning": "prompt"}),
@@ -106,10 +109,10 @@ def test_clusters_of_splits(index: int) -> None:
     problem = Problem("decode", head_dim, gqa, cache_format)
     config = default_config(problem).with_(reduction=f"cluster{size}", **values)
     refused = [c.name for c in get_space("decode").refusals(config, get_target("sm_90"))]
-    assert refused == []
+    assert refused == ["replaced_beginning"] * (config["beginning"] == "early")
     step = 16 * DecodePlan(config).token_warps * DecodePlan(config).tiles
     case = small_case(config, (0, 26 * step + 1, 1, 9 * step, 3 * step - 5))
-    for splits in (1, size, size + 1, 26):
+    for splits in (1, 3, size, size + 1, 2 * size, 26):
         check(config, case, splits, seed=splits, concurrent_ctas=1 + splits % 9)
     assert torch.equal(emulate_decode(config, case, 20), emulate_decode(config, case, 20, seed=3, concurrent_ctas=20))
 

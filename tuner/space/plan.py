@@ -51,6 +51,11 @@ class DecodePlan:
         return self.config["tokens"] // GROUP_TOKENS
 
     @cached_property
+    def query_rows(self) -> int:
+        """Query heads of a CTA."""
+        return int(self.config["head_warps"] * self.config.problem.gqa)
+
+    @cached_property
     def head_tiles(self) -> int:
         """Tiles of eight query heads."""
         return -(-self.config.problem.gqa // 8)
@@ -89,8 +94,9 @@ class DecodePlan:
 
     @property
     def prompt(self) -> bool:
-        """Besides, mbarriers are opened while that travels, by one lane of each warp, and lanes that copy a token's row
-        find out once where it starts."""
+        """As early; besides, mbarriers are opened while that travels, by one lane of each warp, blocks' numbers wait as
+        they were loaded, lanes that copy a token's row find out once where it starts, and no warp is idle where a
+        lookup table is filled or a cluster's heads are added up."""
         return bool(self.config["beginning"] == "prompt")
 
     @property
@@ -107,8 +113,7 @@ class DecodePlan:
     @property
     def fills_aside(self) -> bool:
         """The warps that have no row of the query to file fill the lookup table, where they are half and more."""
-        rows = self.config["head_warps"] * self.config.problem.gqa
-        idle = self.prompt and self.files_first and self.config["warps"] >= 2 * rows
+        idle = self.prompt and self.files_first and self.config["warps"] >= 2 * self.query_rows
         return bool(idle and self.lookup_bytes and not self.fills_before)
 
     @property
@@ -344,7 +349,7 @@ class DecodePlan:
     @cached_property
     def stripe_bytes(self) -> int:
         """fp32 sums of one token stripe: every query head of the CTA."""
-        return self.config["head_warps"] * self.config.problem.gqa * self.merge_pitch * 4
+        return self.query_rows * self.merge_pitch * 4
 
     @cached_property
     def merge_stripes(self) -> int:
@@ -376,18 +381,18 @@ class DecodePlan:
     @cached_property
     def inbox_bytes(self) -> int:
         """Rows that a CTA adds up, from each of the cluster."""
-        rows = -(-self.config["head_warps"] * self.config.problem.gqa // self.cluster) * self.cluster
+        rows = -(-self.query_rows // self.cluster) * self.cluster
         return 4 * rows * self.merge_pitch if self.pushes else 0
 
     @property
     def send_slices(self) -> int:
         """Warps that share a query head whose sums they send to where a cluster adds them up."""
-        return self._slices(self.config["head_warps"] * self.config.problem.gqa)
+        return self._slices(self.query_rows)
 
     @property
     def inbox_slices(self) -> int:
         """Warps that share a query head where they are added up."""
-        return self._slices(-(-self.config["head_warps"] * self.config.problem.gqa // self.cluster))
+        return self._slices(-(-self.query_rows // self.cluster))
 
     def _slices(self, rows: int) -> int:
         """Parts of each of ``rows``: as many as there are warps for, of two coefficients per lane and more."""
