@@ -74,7 +74,7 @@ _GRID = ("benchmarks/decode_grid.py", "--tables", "TABLES", "--work", "WORK/grid
 _WARPS = ("tune.py", "--head-dim", "256", "--op", "dequant", "--warps", "1,2,4,8,16")
 _SANITIZE = ("--jobs", "12", "--timeout", "390")
 STEPS = (
-    Step("gpu-tests", "tests", ("-m", "pytest", "-q", "-m", "gpu", "--durations=15"), 400),
+    Step("gpu-tests", "tests", ("-m", "pytest", "-q", "-m", "gpu", "--durations=15"), 520),
     _tune("d128-g4", "--head-dim 128", 60, 60),
     _tune("d256-g8", "--head-dim 256", 60, 60),
     _tune("d256-g16", "--head-dim 256 --gqa 16", 50, 50),
@@ -83,8 +83,10 @@ STEPS = (
     _tune("d128-g16", "--head-dim 128 --gqa 16 --kv-heads 2", 40, 45),
     _tune("d128-g8", "--head-dim 128 --gqa 8", 40, 45),
     _tune("d256-g6", "--head-dim 256 --gqa 6 --kv-heads 4", 40, 45),
-    _tune("d128-g1", "--head-dim 128 --gqa 1 --kv-heads 32", 40, 45),
+    _tune("d128-g1", "--head-dim 128 --gqa 1 --kv-heads 32", 90, 60),
     _tune("d256-g8-k8v4", "--head-dim 256 --kv-cache-dtype turboquant_k8v4", 40, 45),
+    _tune("d128-g4-k3v4", "--head-dim 128 --kv-cache-dtype turboquant_k3v4_nc", 40, 15),
+    _tune("d128-g4-3bit", "--head-dim 128 --kv-cache-dtype turboquant_3bit_nc", 40, 15),
     _tune("store-d128", "--head-dim 128 --op store", 30, 20),
     _part_of_grid(1, "128:32:8,512:32:4"),
     _part_of_grid(2, "128:32:32"),
