@@ -49,6 +49,7 @@ def test_counts_what_a_walk_counts(op: str, name: str, monkeypatch: pytest.Monke
     for large in (0, 8, 64):  # as in a space with masks of many points: all, some or few of them
         monkeypatch.setattr("tuner.space.census._LARGE", large)
         assert census(small, problem, TARGET) == counted
+        monkeypatch.setattr("tuner.space.census._PART", 4 * large + 10)
     left = [v for v in small if not small.refusals(small.config(problem, v), TARGET)]
     assert list(points_left(small, problem, TARGET)) == left
 

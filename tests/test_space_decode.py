@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tuner.errors import UsageError
 from tuner.formats import FORMATS, HEAD_DIMS
 from tuner.space import Problem, default_config, get_space, seed_config
 from tuner.space.decode import direct_variant
@@ -20,6 +21,15 @@ def test_default_and_its_direct_variant_suit_every_target(name: str, head_dim: i
         for arch in ARCHS:
             for variant in (config, direct_variant(config)):
                 assert [c.name for c in SPACE.refusals(variant, get_target(arch))] == [], variant.describe()
+
+
+def test_superseded_values_are_read_and_never_searched() -> None:
+    config = default_config(Problem("decode", 128, 4, "turboquant_4bit_nc"))
+    old = SPACE.validate(config.with_(beginning="early", tokens=32))
+    assert SPACE.renewed(old) == config.with_(beginning="prompt", tokens=32) and SPACE.renewed(config) == config
+    assert "early" not in SPACE.axis("beginning").values
+    with pytest.raises(UsageError, match="axis beginning cannot be early: expected one of ordered, prompt"):
+        SPACE.restricted({"beginning": ("early",)})
 
 
 def test_seed_landmark_has_four_warps() -> None:

@@ -184,7 +184,8 @@ def _choices(config: Config, space: Space) -> Axes:
     for name, value in config.params:
         if isinstance(value, str):
             choice = _Choice(value)
-            choice.axis, choice.known = name, space.axis(name).values
+            axis = space.axis(name)
+            choice.axis, choice.known = name, (*axis.values, *dict(axis.superseded))
             values[name] = choice
         else:
             values[name] = value

@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tuner.errors import TunerError
-from tuner.space import Config, Problem
-from tuner.space.decode import renewed
+from tuner.space import Config, Problem, get_space
 from tuner.table import find, read, table_file_name
 from tuner.table.store import PACKAGE_TABLES
 
@@ -38,7 +37,6 @@ def _winners(path: Path, problem: Problem) -> Iterator[Config]:
     served = Counter([e.kernel for e in table.by_batch] + [e.kernel for e in table.by_batch_and_context])
     for kernel in sorted(table.kernels, key=lambda k: -served[k.id]):
         try:
-            config = kernel.config(problem)
-            yield renewed(config) if problem.op == "decode" else config
+            yield get_space(problem.op).renewed(kernel.config(problem))
         except TunerError:
             continue

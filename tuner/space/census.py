@@ -32,14 +32,13 @@ def census(space: Space, problem: Problem, target: Target) -> Census:
     """The counts of ``space`` for ``problem`` on ``target``."""
     grid = Grid(space, problem)
     refused = {constraint.name: _refused(grid, constraint, target) for constraint in space.constraints}
-    allowed = [_Mask.of(~mask) for mask in refused.values()]
-    alive = _count(space, allowed)
-    others = dict(zip(refused, _counts_without_each(space, allowed), strict=True))
+    lengths = [len(axis.values) for axis in space.axes]
+    alive, *others = _counts(lengths, [~mask for mask in refused.values()])
     return Census(
         total=space.size,
         alive=alive,
         refused={name: space.size // mask.size * int(np.count_nonzero(mask)) for name, mask in refused.items()},
-        alone={name: count - alive for name, count in others.items()},
+        alone={name: count - alive for name, count in zip(refused, others, strict=True)},
     )
 
 
@@ -61,6 +60,8 @@ def _refused(grid: Grid, constraint: Constraint, target: Target) -> npt.NDArray[
 
 _LARGE = 1 << 20
 """Points of a mask beyond which a contraction takes longer than all those of smaller masks."""
+_PART = 1 << 24
+"""Points of a mask beyond which the grid is counted in parts, for the sake of memory: a count of eight bytes each."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +85,35 @@ def _contract(masks: Sequence[_Mask], kept: Iterable[int]) -> _Mask:
     return _Mask(np.einsum(*operands, read, optimize="greedy"), read) if masks else _Mask(np.array(1), ())
 
 
-def _count(space: Space, masks: Sequence[_Mask]) -> int:
+def _counts(lengths: Sequence[int], allowed: Sequence[npt.NDArray[np.bool_]]) -> list[int]:
+    """Points of a grid of so many values per axis at which all of ``allowed`` are true, then for each of them: at which
+    all others are.
+    """
+    largest = max(allowed, key=np.size, default=np.ones([1] * len(lengths), bool))
+    if largest.size > _PART:
+        axis = int(np.argmax(largest.shape))
+        rest = [1 if n == axis else length for n, length in enumerate(lengths)]
+        parts = (
+            _counts(rest, [mask.take([n if mask.shape[axis] > 1 else 0], axis) for mask in allowed])
+            for n in range(lengths[axis])
+        )
+        return [sum(counts) for counts in zip(*parts, strict=True)]
+    masks = [_Mask.of(mask) for mask in allowed]
+    return [_count(lengths, masks), *_counts_without_each(lengths, masks)]
+
+
+def _count(lengths: Sequence[int], masks: Sequence[_Mask]) -> int:
     """Points at which all ``masks`` are true."""
-    return int(_contract(masks, ()).counts) * _free(space, masks)
+    return int(_contract(masks, ()).counts) * _free(lengths, masks)
 
 
-def _free(space: Space, masks: Sequence[_Mask]) -> int:
+def _free(lengths: Sequence[int], masks: Sequence[_Mask]) -> int:
     """Points of the axes that no mask reads."""
     read = {n for mask in masks for n in mask.read}
-    return math.prod(len(axis.values) for n, axis in enumerate(space.axes) if n not in read)
+    return math.prod(length for n, length in enumerate(lengths) if n not in read)
 
 
-def _counts_without_each(space: Space, masks: Sequence[_Mask]) -> list[int]:
+def _counts_without_each(lengths: Sequence[int], masks: Sequence[_Mask]) -> list[int]:
     """For each of ``masks``: points at which all others are true.
 
     Half of the small masks are contracted with the large ones for the axes that the other half reads, which is then
@@ -116,4 +134,4 @@ def _counts_without_each(space: Space, masks: Sequence[_Mask]) -> list[int]:
 
     if small:
         halve([masks[n] for n in large], small)
-    return [sums[n] * _free(space, [*masks[:n], *masks[n + 1 :]]) for n in range(len(masks))]
+    return [sums[n] * _free(lengths, [*masks[:n], *masks[n + 1 :]]) for n in range(len(masks))]

@@ -34,10 +34,11 @@ AXES = (
     Axis("tail", ("masked", "apart"), "tokens past the end: masked in every step, or in a last one apart", "masked"),
     Axis(
         "beginning",
-        ("ordered", "early", "prompt"),
-        "everything in order; or early: only what depends on lengths waits for them, warps ask for tokens in turn, "
-        "clusters store their sums; or prompt: mbarriers are opened meanwhile, and copies cost fewer instructions",
-        "ordered",
+        ("ordered", "prompt"),
+        "everything in order; or prompt: only what depends on lengths waits for them, warps ask for tokens in turn, "
+        "clusters store their sums, mbarriers are opened meanwhile",
+        absent="ordered",
+        superseded=(("early", "prompt"),),
     ),
 )
 
@@ -160,11 +161,6 @@ CONSTRAINTS = (
         lambda c, _: c["beginning"] != "ordered" and c.problem.layout.format.has_signs,
     ),
     Constraint(
-        "replaced_beginning",
-        "a prompt beginning is an early one that costs less: early ones are only what tables recorded",
-        lambda c, _: c["beginning"] == "early",
-    ),
-    Constraint(
         "resident_warps",
         "min_ctas asks for more warps than an SM holds",
         lambda c, t: c["warps"] * c["min_ctas"] > t.max_warps,
@@ -210,11 +206,6 @@ def default_config(problem: Problem) -> Config:
     config = _fewest_slices(problem, tokens=16)
     least = min(target.shared_bytes_per_cta for target in TARGETS.values())
     return config if DecodePlan(config).shared_bytes <= least else config.with_(stages=1)
-
-
-def renewed(config: Config) -> Config:
-    """``config`` with what replaced a value of its own since: what a table recorded, as a search would try it today."""
-    return config.with_(beginning="prompt") if config["beginning"] == "early" else config
 
 
 def direct_variant(config: Config) -> Config:

@@ -63,9 +63,7 @@ def arrange(regions: Regions) -> Mapping[str, int]:
     while best is None or at + regions.lookup_bytes < best["end"]:
         fit = min(regions.stage_count, at // max(regions.stage_bytes, 1))
         for before, query_before in itertools.product({0, max(fit - 1, 0), fit}, (False, True)):
-            layout = _layout(regions, others, at, before, query_before)
-            if layout and (best is None or layout["end"] < best["end"]):
-                best = layout
+            best = _layout(regions, others, at, before, query_before, best) or best
         if regions.query_gap or regions.lookup_bytes <= _SMALL_TABLE:
             break
         at += regions.lookup_bytes
@@ -74,9 +72,16 @@ def arrange(regions: Regions) -> Mapping[str, int]:
 
 
 def _layout(
-    regions: Regions, others: list[tuple[str, int]], lookup: int, before: int, query_before: bool
+    regions: Regions,
+    others: list[tuple[str, int]],
+    lookup: int,
+    before: int,
+    query_before: bool,
+    best: dict[str, int] | None,
 ) -> dict[str, int] | None:
-    """Regions around a table at ``lookup``, with ``before`` stages and perhaps the query in front of it."""
+    """Regions around a table at ``lookup``, with ``before`` stages and perhaps the query in front of it; None where
+    they do not fit, or end no earlier than ``best``.
+    """
     after = lookup + regions.lookup_bytes
     stages = [before * regions.stage_bytes, (regions.stage_count - before) * regions.stage_bytes]
     runs = [round_up(n + _OVERREAD, 128) if n else 0 for n in stages]
@@ -87,12 +92,15 @@ def _layout(
         runs[0 if query_before else 1] += round_up(regions.query_bytes, 128)
     behind = runs[1] >= runs[0]
     runs[behind] = max(runs[behind], round_up(regions.merge_bytes, 128))
-    if runs[0] > lookup:
+    if runs[0] > lookup or (best and after + runs[1] >= best["end"]):
+        return None
+    placed = _place(others, runs[0], lookup, after + runs[1])
+    if best and placed["end"] >= best["end"]:
         return None
     merge = after if behind else 0
     fixed = {"lookup": lookup, "staging": 0 if before else after, "query": query, "merge": merge}
     stages_at = {"stages_before": before, "staging_after": after}
-    return _place(others, runs[0], lookup, after + runs[1]) | fixed | stages_at
+    return placed | fixed | stages_at
 
 
 def _place(others: list[tuple[str, int]], low: int, room: int, high: int) -> dict[str, int]:
