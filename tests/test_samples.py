@@ -70,6 +70,13 @@ def test_few_rounds_tell_a_plain_difference_and_no_small_one() -> None:
         assert declare_winner({"a": slow, "b": [t * 0.80 for t in slow]}, ["a", "b"]) == ("b", False)
 
 
+def test_a_plain_difference_stands_whatever_single_rounds_say() -> None:
+    """Samples of a race at 128 x 128k on an H200, paired by size, whose clock sank within one of them."""
+    slow, fast = [5087.3, 5088.3, 5256.2], [4771.5, 4778.6, 5617.9]
+    assert paired_ratio(fast, slow)[2] > 1
+    assert declare_winner({"a": slow, "b": fast}, ["a", "b"]) == ("b", False)
+
+
 @pytest.mark.parametrize(("ratio", "rounds"), [(6, 6), (20, 16), (100, 16)])
 def test_a_far_slower_kernel_that_sits_rounds_out_never_wins(ratio: float, rounds: int) -> None:
     turns = Turns({"simple": 20.0 * ratio, "fast": 20.0})

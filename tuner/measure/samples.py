@@ -13,8 +13,9 @@ FailureKind = Literal["crash", "timeout", "wrong result", "resource", "error"]
 CONFIDENCE = 0.95
 LEAST_PAIRS = 6
 """Rounds without which no small difference is told: of five, all fall on one side by chance in one case of 16."""
-FEW_PAIRS_RATIO = 0.95
-"""Of two calls, over fewer rounds than that: what noise of a few percent does not do."""
+PLAIN_RATIO = 0.95
+"""Of two calls: what noise of a few percent does not do in any number of rounds. Where a clock that sinks within a
+round makes intervals wider than this, the faster median is the better guess."""
 RESAMPLES = 1000
 
 
@@ -80,9 +81,9 @@ def paired_ratio(a_us: Times, b_us: Times, *, seed: int = 0) -> tuple[float, flo
 def declare_winner(rounds_us: Mapping[str, Times], simplicity: Sequence[str]) -> tuple[str, bool]:
     """(winner, is a tie). ``rounds_us``: paired times per contestant; ``simplicity``: names, simplest first.
 
-    The contestant with the least median wins if it is faster than every simpler one: if the interval of their paired
-    ratio excludes 1, and over fewer than LEAST_PAIRS rounds by a margin besides. Otherwise the simplest of those that
-    it cannot be told from stands, and it is a tie.
+    The contestant with the least median wins if it is faster than every simpler one: if their paired ratio is plain, or
+    its interval excludes 1 over at least LEAST_PAIRS rounds. Otherwise the simplest of those that it cannot be told
+    from stands, and it is a tie.
     """
     fastest = min(simplicity, key=lambda name: _median(rounds_us[name]))
     for simpler in simplicity[: simplicity.index(fastest)]:
@@ -94,9 +95,9 @@ def declare_winner(rounds_us: Mapping[str, Times], simplicity: Sequence[str]) ->
 def _is_faster(a_us: Times, b_us: Times) -> bool:
     pairs = len(_ratios(a_us, b_us))
     if not pairs:  # the rounds that they shared were throttled
-        return _median(a_us) / _median(b_us) < FEW_PAIRS_RATIO
+        return _median(a_us) / _median(b_us) < PLAIN_RATIO
     ratio, _, high = paired_ratio(a_us, b_us)
-    return high < 1.0 and (pairs >= LEAST_PAIRS or ratio < FEW_PAIRS_RATIO)
+    return ratio < PLAIN_RATIO or (high < 1.0 and pairs >= LEAST_PAIRS)
 
 
 def _median(times_us: Times) -> float:
