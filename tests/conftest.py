@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import Counter
 from pathlib import Path
@@ -15,7 +16,9 @@ def pytest_xdist_auto_num_workers() -> int | None:
 
 
 def pytest_configure() -> None:
-    """A shell starts what runs in the background with SIGINT ignored, and so would every process of a test be."""
+    """A shell starts what runs in the background with SIGINT ignored, and so would every process of a test be. The
+    tests' processes are as many as cores, so torch has one thread in each."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

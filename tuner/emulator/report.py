@@ -45,10 +45,13 @@ _ACCESS = re.compile(r"^(?:READ|WRITE) of size \d+", re.M)
 _RACING = re.compile(r"^  (?:Previous )?(read|write) of size \d+ at (0x[0-9a-f]+) by .*\n((?:    .*\n)*)", re.M | re.I)
 _KERNEL_LINE = re.compile(r"\bkernel\.cu:(\d+)")
 _NEAR_BYTES = 1 << 20
+_FIRST_PAGE = 4096
 
 
 def _buffer_place(address: int, buffers: Sequence[Guarded]) -> str:
-    """Where ``address`` is relative to the nearest buffer; empty where none is near."""
+    """Where ``address`` is relative to null or the nearest buffer; empty where none is near."""
+    if address < _FIRST_PAGE:
+        return " through a null pointer"
     distances = [(max(b.address - address, address - b.address - b.size_bytes, 0), b) for b in buffers if b.address]
     if not distances:
         return ""
