@@ -79,13 +79,14 @@ class Grid:
     def _joint(self, joint: Joint) -> Answers:
         """The combinations that occur, of parts that were found one by one."""
         values: list[tuple[Any, ...]] = [()]
-        index = np.zeros([1] * len(self.space.axes), dtype=np.int64)
+        index = np.zeros([1] * len(self.space.axes), dtype=np.int32)
         for part in map(self._tree, map(joint.part, joint.attributes)):
             count = len(part.values)
-            codes = index * count + part.index.astype(np.int64)
-            occurring, numbers = np.unique(codes, return_inverse=True)
-            values = [(*values[code // count], part.values[code % count]) for code in occurring.tolist()]
-            index = numbers.reshape(codes.shape)
+            codes = index * count + part.index
+            occurs = np.zeros(len(values) * count, dtype=np.bool_)
+            occurs[codes] = True
+            index = (np.cumsum(occurs, dtype=np.int32) - 1)[codes]  # of the combinations that occur, its number
+            values = [(*values[code // count], part.values[code % count]) for code in np.flatnonzero(occurs).tolist()]
         return Answers(tuple(values), index)
 
 
