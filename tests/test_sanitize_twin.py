@@ -162,14 +162,14 @@ def run_decode(config: Config, **options: Any) -> None:
 @pytest.mark.parametrize("races", [False, True])
 @pytest.mark.parametrize("config", [COPIES, BULK, FOUR, BOTH])
 def test_a_decode_twin_is_right_and_has_no_races(
-    config: Config, races: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Config, races: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulate_twins(monkeypatch)
-    run_decode(config, seed=1, concurrent_ctas=2, races=races, root=tmp_path)
+    run_decode(config, seed=1, concurrent_ctas=2, races=races)
 
 
 @needs_gxx
-def test_a_decode_twin_without_a_meeting_races(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decode_twin_without_a_meeting_races(monkeypatch: pytest.MonkeyPatch) -> None:
     def mutant(config: Config) -> str:
         text, count = re.subn(
             r"sync_slices\(team\);(?=\s*#pragma unroll\s*for \(int j)", "", twin(config).text, count=1
@@ -179,17 +179,17 @@ def test_a_decode_twin_without_a_meeting_races(tmp_path: Path, monkeypatch: pyte
 
     emulate_twins(monkeypatch, mutant)
     with pytest.raises(EmulationError, match="data race in shared memory"):
-        run_decode(COPIES, seed=1, races=True, root=tmp_path)
+        run_decode(COPIES, seed=1, races=True)
 
 
 @needs_gxx
 @pytest.mark.parametrize("races", [False, True])
-def test_a_dequant_twin_is_right_and_has_no_races(races: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dequant_twin_is_right_and_has_no_races(races: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case = synthetic_cache(DEQUANT.problem.layout, (0, 1, 70, 33), q_heads=2, kv_heads=2)
 
     def rows(**options: Any) -> torch.Tensor:
         out = torch.zeros(2, case.block_table.numel(), case.block_size, 2, 256, dtype=torch.bfloat16)
-        arguments = {"block_table": case.block_table, "seq_lens": case.seq_lens, "root": tmp_path}
+        arguments = {"block_table": case.block_table, "seq_lens": case.seq_lens}
         emulate_dequant(DEQUANT, case.codec, case.kv_cache, *out, **arguments, **options)
         return out
 
