@@ -92,7 +92,7 @@ def _layout(
         runs[0 if query_before else 1] += round_up(regions.query_bytes, 128)
     behind = runs[1] >= runs[0]
     runs[behind] = max(runs[behind], round_up(regions.merge_bytes, 128))
-    if runs[0] > lookup or (best and after + runs[1] >= best["end"]):
+    if runs[0] > lookup:
         return None
     placed = _place(others, runs[0], lookup, after + runs[1])
     if best and placed["end"] >= best["end"]:
