@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from functools import lru_cache
-from itertools import combinations, product
+from itertools import product
 
 import pytest
 import torch
+from covering import Pairs, most_new, pairs
 from decode_emulated import check, small_case
 from emulated import emulate_decode
 
@@ -65,13 +66,6 @@ def draw(chooser: random.Random, problem: Problem, warps: int) -> dict[str, Valu
     return values
 
 
-def pairs(config: Config) -> set[tuple[object, ...]]:
-    """Of all that makes a kernel, each two things that meet in it."""
-    problem = config.problem
-    traits = *config.params, ("format", problem.cache_format), ("head_dim", problem.head_dim), ("gqa", problem.gqa)
-    return set(combinations(traits, 2))
-
-
 @lru_cache(maxsize=1)
 def matrix() -> tuple[Config, ...]:
     """Three warp counts per format and head dim, each in turn; the other axes drawn so that values meet in pairs.
@@ -79,21 +73,16 @@ def matrix() -> tuple[Config, ...]:
     Of many draws the one is taken that brings most pairs of values together that have not met yet. So as many meet as
     in nearly twice as many kernels that are drawn for their values alone.
     """
-    target = get_target("sm_90")
-    met: set[tuple[object, ...]] = set()
-    chooser = random.Random(0)
+    target, chooser, met = get_target("sm_90"), random.Random(0), Pairs()
     configs: list[Config] = []
-    for name, head_dim in product(FORMATS, HEAD_DIMS):
-        for _ in range(PER_PROBLEM):
-            warps, turn, chosen = WARPS[len(configs) % len(WARPS)], len(configs), None
-            while chosen is None:  # one warp has no registers for 16 heads of 512 dims: the next group size then
-                problem = Problem("decode", head_dim, GROUPS[turn % len(GROUPS)], name)
-                drawn = [SPACE.config(problem, draw(chooser, problem, warps)) for _ in range(DRAWS)]
-                drawn.sort(key=lambda config: len(pairs(config) - met), reverse=True)
-                chosen = next((config for config in drawn if not SPACE.refusals(config, target)), None)
-                turn += 1
-            met |= pairs(chosen)
-            configs.append(chosen)
+    for name, head_dim, _ in product(FORMATS, HEAD_DIMS, range(PER_PROBLEM)):
+        warps, turn, chosen = WARPS[len(configs) % len(WARPS)], len(configs), None
+        while chosen is None:  # one warp has no registers for 16 heads of 512 dims: the next group size then
+            problem = Problem("decode", head_dim, GROUPS[turn % len(GROUPS)], name)
+            drawn = (SPACE.config(problem, draw(chooser, problem, warps)) for _ in range(DRAWS))
+            chosen = most_new(drawn, met, SPACE, target)
+            turn += 1
+        configs.append(chosen)
     return tuple(configs)
 
 

@@ -6,12 +6,14 @@ import random
 import shutil
 from dataclasses import replace
 from functools import cache
+from itertools import cycle, product
 from types import SimpleNamespace
 from typing import Any
 
 import emulated
 import pytest
 import torch
+from covering import Pairs, most_new, pairs
 from emulated import emulate_dequant, needs_gxx
 from emulated_sources import skip_without_thread_sanitizer
 from odd_caches import restride
@@ -32,28 +34,33 @@ UNTOUCHED = 0x7FC5
 """A bf16 NaN that no kernel produces."""
 
 
-def covering_configs(format_name: str, head_dim: int) -> list[Config]:
-    """One allowed configuration per warp count; over them the other axes' values appear as often as chance allows."""
-    rng = random.Random(f"{format_name} {head_dim}")
-    problem = Problem("dequant", head_dim, 1, format_name)
-    seen: set[tuple[str, object]] = set()
-    chosen = []
-    for warps in WARPS:
-        best: tuple[int, Config] | None = None
-        for _ in range(400):
-            values = {a.name: rng.choice(a.values) for a in SPACE.axes} | {"warps": warps}
-            if problem.layout.format.name == "turboquant_k8v4":
-                values |= {"transform": "shuffle", "lookup": "table", "dim_warps": 1}
-            config = SPACE.config(problem, values)
-            if SPACE.refusals(config, TARGET):
-                continue
-            new = len(set(config.params) - seen)
-            if best is None or new > best[0]:
-                best = new, config
-        assert best is not None
-        chosen.append(best[1])
-        seen |= set(best[1].params)
-    return chosen
+PER_PROBLEM = 2
+DRAWS = 300
+
+
+def draw(rng: random.Random, problem: Problem, warps: int) -> Config:
+    """Random axis values, the dependent ones set to what their constraints leave."""
+    values = {a.name: rng.choice(a.values) for a in SPACE.axes} | {"warps": warps}
+    if not problem.layout.format.key_codebook:
+        values |= {"transform": "shuffle", "lookup": "table", "dim_warps": 1}
+    return SPACE.config(problem, values)
+
+
+@cache
+def matrix() -> dict[tuple[str, int], list[Config]]:
+    """Two allowed configurations per format and head dim, of warp counts in turn.
+
+    Of many draws the one is taken that brings most pairs of values together that have not met yet. So as many meet as
+    in more than twice as many kernels that are drawn for their values alone.
+    """
+    rng, met, turns = random.Random(0), Pairs(), cycle(WARPS)
+    configs: dict[tuple[str, int], list[Config]] = {}
+    for name, head_dim, _ in product(FORMATS, HEAD_DIMS, range(PER_PROBLEM)):
+        problem, warps = Problem("dequant", head_dim, 1, name), next(turns)
+        chosen = most_new((draw(rng, problem, warps) for _ in range(DRAWS)), met, SPACE, TARGET)
+        assert chosen is not None, problem
+        configs.setdefault((name, head_dim), []).append(chosen)
+    return configs
 
 
 @cache
@@ -147,23 +154,25 @@ def small_case(format_name: str, head_dim: int, **changes: object) -> Case:
     return synthetic_cache(slot_layout(format_name, head_dim), (17, 0, 5), **options | changes)  # type: ignore[arg-type]
 
 
-MATRIX = {(f, d): covering_configs(f, d) for f in FORMATS for d in HEAD_DIMS}
-
-
-def test_matrix_covers_every_axis_value() -> None:
-    seen = {pair for configs in MATRIX.values() for config in configs for pair in config.params}
-    missing = {(a.name, v) for a in SPACE.axes for v in a.values} - seen
+def test_matrix_brings_most_values_together() -> None:
+    """Each axis value, each format and each head dim with every warp count; 140 kernels drawn for their values alone
+    have 1101 pairs."""
+    configs = [config for some in matrix().values() for config in some]
+    missing = {(a.name, v) for a in SPACE.axes for v in a.values} - {pair for c in configs for pair in c.params}
     assert missing == {("warps", 32)}  # test_widest_cta
+    assert len({(c.problem.cache_format, c["warps"]) for c in configs}) == len(FORMATS) * len(WARPS)
+    assert len({(c.problem.head_dim, c["warps"]) for c in configs}) == len(HEAD_DIMS) * len(WARPS)
+    assert len(set().union(*map(pairs, configs))) > 1080
 
 
 @needs_gxx
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_matrix(format_name: str, head_dim: int) -> None:
-    configs = MATRIX[format_name, head_dim]
+    configs = matrix()[format_name, head_dim]
     compiled(*configs)
     case = small_case(format_name, head_dim)
-    for i, config in enumerate(configs):
+    for i, config in enumerate(configs, HEAD_DIMS.index(head_dim)):
         check(config, case, run(config, case, seed=i))
 
 
