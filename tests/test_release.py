@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 from command_line import ROOT, make_table
@@ -140,6 +143,12 @@ def test_only_takes_steps_and_groups() -> None:
 
 def test_every_step_is_a_command_that_there_is(tmp_path: Path) -> None:
     known = {option for parameter in tune_command.params for option in parameter.opts}
+
+    @cache
+    def helped(*words: str) -> str:
+        command = [sys.executable, ROOT / words[0], *words[1:], "--help"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
     for one in STEPS:
         words = argv(one, tmp_path)[1:]
         assert not [w for w in words if w in ("TABLES", "RECORDINGS", "WORK") or w.startswith("WORK/")]
@@ -151,8 +160,7 @@ def test_every_step_is_a_command_that_there_is(tmp_path: Path) -> None:
             assert options <= known
         else:
             verb = ["bench"] if words[1] == "bench" else []
-            helped = subprocess.run([sys.executable, ROOT / words[0], *verb, "--help"], capture_output=True, text=True)
-            assert helped.returncode == 0 and not [o for o in options if o not in helped.stdout], one.name
+            assert not [o for o in options if o not in helped(words[0], *verb)], one.name
 
 
 def test_new_tables_replace_those_of_their_names_and_leave_no_cubin_behind(tmp_path: Path) -> None:
@@ -241,6 +249,15 @@ def test_racecheck_that_loses_count_of_barriers_is_unsure(tmp_path: Path) -> Non
     assert found == ["unsure", "clean"]
 
 
+@pytest.fixture(scope="module")
+def control(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The control's program, compiled where no sanitizer can be asked about it."""
+    folder = tmp_path_factory.mktemp("control")
+    with pytest.raises(TunerError, match="could not run it"):
+        sanitize.follows_twins("/bin/false", "sm_90", folder)
+    return folder / "control"
+
+
 TOLD = {"cta": (0, 9), "pairs": (0, 9, 9, 9), "turns": (0, 9, 9), "lanes": (0,)}
 STORED = "in what a cluster's CTAs store in each other's shared memory"
 OWN = "where kernels' own ways have none"
@@ -266,9 +283,22 @@ OWN = "where kernels' own ways have none"
     ],
 )
 def test_the_control_says_whether_racecheck_can_be_believed_about_twins(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], answers: dict[str, tuple[int, ...]], expected: str | None
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    control: Path,
+    answers: dict[str, tuple[int, ...]],
+    expected: str | None,
 ) -> None:
-    """The program is compiled; a script stands in the sanitizer's place, which needs a GPU."""
+    """The program is compiled once; a script stands in the sanitizer's place, which needs a GPU."""
+
+    def run(words: list[str], log: IO[str], limit_s: float, **options: Any) -> int | None:
+        if Path(words[0]).name != "nvcc":
+            return command.run_bounded(words, log, limit_s, **options)
+        shutil.copy(control, words[words.index("-o") + 1])
+        return 0
+
+    monkeypatch.setattr(sanitize, "run_bounded", run)
     tool = tmp_path / "sanitizer"
     tool.write_text(f"#!{sys.executable}\nimport sys\nsys.exit({TOLD | answers}[sys.argv[-2]][int(sys.argv[-1])])\n")
     tool.chmod(0o755)
