@@ -195,11 +195,16 @@ def test_the_first_report_of_a_sanitizer_is_told() -> None:
     assert sanitize.first_report("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)") == []
 
 
+@cache
+def package_subjects() -> list[sanitize.Subject]:
+    return list(sanitize.subjects(PACKAGE_TABLES, "sm_90"))
+
+
 def test_a_kernel_that_is_reported_is_told_apart_from_those_it_ran_with(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a program in the sanitizer's place that reports one of the cubins it is given."""
-    subjects = list(sanitize.subjects(PACKAGE_TABLES, "sm_90"))
+    subjects = package_subjects()
     parts = list(sanitize.groups(subjects))
     assert [s for part in parts for s in part] == subjects and max(map(len, parts)) == 5
     assert all(len({s.table.file_name for s in part}) == 1 for part in parts)
@@ -224,7 +229,7 @@ def test_a_kernel_that_is_reported_is_told_apart_from_those_it_ran_with(
 def test_kernels_that_need_twins_are_unsure_and_their_twins_are_not(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, word: str
 ) -> None:
-    subjects = list(sanitize.subjects(PACKAGE_TABLES, "sm_90"))
+    subjects = package_subjects()
     sliced = next(s for s in subjects if s.needs_twin)
     whole = next(s for s in subjects if not s.needs_twin)
     tool = tmp_path / "sanitizer"
@@ -238,7 +243,7 @@ def test_kernels_that_need_twins_are_unsure_and_their_twins_are_not(
 
 
 def test_racecheck_that_loses_count_of_barriers_is_unsure(tmp_path: Path) -> None:
-    subject = next(sanitize.subjects(PACKAGE_TABLES, "sm_90"))
+    subject = package_subjects()[0]
     tool = tmp_path / "sanitizer"
     tool.write_text(
         f"#!{sys.executable}\nprint('========= Warning: Detected overflow of tracked cuda::barrier structures. Results "

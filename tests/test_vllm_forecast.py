@@ -104,11 +104,12 @@ def test_the_doctor_finds_neither_vllm_nor_gpu_and_says_what_to_do(folder: Path)
     assert found["vLLM tables"].ok and found["vLLM tables"].detail.endswith("tables with the package")
 
 
-def test_the_doctor_counts_tables_and_names_broken_ones(folder: Path) -> None:
+def test_the_doctor_counts_tables_and_names_broken_ones(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, prebuilt = write_table(folder), write_defaults(folder)
     finding = dict(diagnose.checks())["vLLM tables"]()
     assert finding.ok and f"1 tables and 1 sets of default kernels in {folder}, " in finding.detail
     assert "with the package" in finding.detail
+    monkeypatch.setattr("tuner.table.store.PACKAGE_TABLES", folder / "nowhere")  # the package's are many, and whole
     path.write_text(path.read_text()[:-20])
     finding = dict(diagnose.checks())["vLLM tables"]()
     assert not finding.ok and path.name in finding.detail and "install" in finding.advice
