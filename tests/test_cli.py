@@ -212,10 +212,23 @@ def test_search_ends_with_winners_and_the_tables_path(searched: tuple[Path, Done
     assert tune("verify", cwd=folder).returncode == 0
 
 
-def test_recordings_hold_every_trial(searched: tuple[Path, Done]) -> None:
+def kernels(folder: Path) -> dict[Path, int]:
+    """When each of the search's cubins was written."""
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*.cubin") if "tables" not in p.parts}
+
+
+@pytest.fixture(scope="module")
+def searched_again(searched: tuple[Path, Done]) -> tuple[Path, dict[Path, int]]:
+    """The folder after the same search once more, with recordings, and the cubins that were there before."""
     folder, _ = searched
+    before = kernels(folder)
     done = tune("--head-dim", 128, "--arch", "sm_121", "--trials", 4, "--recordings", "kept", cwd=folder, timeout=300)
     assert done.returncode == 0, done.stderr
+    return folder, before
+
+
+def test_recordings_hold_every_trial(searched_again: tuple[Path, dict[Path, int]]) -> None:
+    folder, _ = searched_again
     (recording,) = (folder / "kept").iterdir()
     trials = json.loads(recording.read_text())["trials"]
     assert len(trials) == 4 and all(len(t["timings"]) == 46 for t in trials if t["score"])
@@ -227,13 +240,9 @@ def test_a_comparison_has_no_recordings(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def test_second_search_compiles_nothing(searched: tuple[Path, Done]) -> None:
-    folder, _ = searched
-    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.cubin") if "tables" not in p.parts}
-    done = tune("--head-dim", 128, "--arch", "sm_121", "--trials", 4, cwd=folder, timeout=300)
-    assert done.returncode == 0, done.stderr
-    after = {p: p.stat().st_mtime_ns for p in folder.rglob("*.cubin") if "tables" not in p.parts}
-    assert before and before == after
+def test_second_search_compiles_nothing(searched_again: tuple[Path, dict[Path, int]]) -> None:
+    folder, before = searched_again
+    assert before and before == kernels(folder)
 
 
 def test_a_missing_host_compiler_is_told_before_anything_is_tried(tmp_path: Path) -> None:

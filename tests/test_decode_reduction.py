@@ -111,9 +111,11 @@ def test_clusters_of_splits(index: int) -> None:
     assert not get_space("decode").refusals(config, get_target("sm_90"))
     step = 16 * DecodePlan(config).token_warps * DecodePlan(config).tiles
     case = small_case(config, (0, 26 * step + 1, 1, 9 * step, 3 * step - 5))
-    for splits in (1, 3, size, size + 1, 2 * size, 26):
+    for splits in sorted({1, 3, size, size + 1, 2 * size}):
         check(config, case, splits, seed=splits, concurrent_ctas=1 + splits % 9)
-    assert torch.equal(emulate_decode(config, case, 20), emulate_decode(config, case, 20, seed=3, concurrent_ctas=20))
+    some = emulate_decode(config, case, 26, seed=26, concurrent_ctas=9)
+    assert worst_head_error(some, case.expected()) <= TOLERANCE[case.query.dtype]
+    assert torch.equal(some, emulate_decode(config, case, 26, concurrent_ctas=20))
 
 
 @pytest.mark.parametrize("beginning", ["ordered", "early", "prompt"])

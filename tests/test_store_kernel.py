@@ -29,6 +29,8 @@ from tuner.targets import get_target
 TARGET = get_target("sm_90")
 SPACE = get_space("store")
 WARPS = (1, 2, 4, 8, 16)
+RUN_STORES_OF = {64: RUN_STORES[2:], 128: RUN_STORES, 256: RUN_STORES[:1], 512: RUN_STORES[1:2]}
+"""What rotations are tested with: all at one head dim, and each at one of the others."""
 
 
 PER_PROBLEM = 3
@@ -100,7 +102,7 @@ def test_rotation_by_products(format_name: str, head_dim: int) -> None:
         for chunks, how in ((2, STORES[0]), (2, STORES[2]), (4, STORES[3]))
         if head_dim // (8 * chunks) in (8, 16, 32)
     ]
-    configs += [configs[0].with_(search="packed", store_bytes=16, passes=2, **how) for how in RUN_STORES]
+    configs += [configs[0].with_(search="packed", store_bytes=16, passes=2, **how) for how in RUN_STORES_OF[head_dim]]
     compiled(*configs)
     for i, config in enumerate(configs):
         for dtype in (torch.bfloat16, torch.float16):
@@ -117,7 +119,7 @@ def test_rotation_by_quads(format_name: str, head_dim: int) -> None:
         problem_config(format_name, head_dim, transform="quads", chunks=n, search=search, **STORES[i % 4])
         for i, (n, search) in enumerate((n, s) for n in chunks for s in ("cells", "packed"))
     ]
-    configs += [configs[-1].with_(store_bytes=16, passes=2, **how) for how in RUN_STORES]
+    configs += [configs[-1].with_(store_bytes=16, passes=2, **how) for how in RUN_STORES_OF[head_dim]]
     compiled(*configs)
     for i, config in enumerate(configs):
         for dtype in (torch.bfloat16, torch.float16):
