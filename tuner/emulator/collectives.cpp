@@ -18,7 +18,7 @@ bool join(const char *name, int line) {
     if (warp.arrived == 0) {
         warp.collective = name;
         warp.line = line;
-    } else if (warp.line != line || std::strcmp(warp.collective, name) != 0) {
+    } else if (warp.line != line || (warp.collective != name && std::strcmp(warp.collective, name) != 0)) {
         fail(line, "divergence: thread %u is at %s (line %d), other lanes of its warp wait at %s (line %d)", lane.thread,
              name, line, warp.collective, warp.line);
     }
@@ -227,9 +227,11 @@ void wait_cluster(int line) {
     happens_after(&cluster);
 }
 
-void mma(float *c, const unsigned (&ab)[6], Element element, const char *name, int line) {
+void mma(float *c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, Element element,
+         const char *name, int line) {
     const unsigned self = current->index;
     Warp &warp = *current->warp;
+    const unsigned ab[] = {a0, a1, a2, a3, b0, b1};
     std::memcpy(warp.in[self], ab, sizeof ab);
     std::memcpy(warp.in[self] + 6, c, 4 * sizeof(float));
     if (join(name, line)) {

@@ -85,7 +85,8 @@ void store_cluster(void *p, int rank, const void *value, int bytes, unsigned lon
 void happens_before(const void *token);
 void happens_after(const void *token);
 enum class Element { half, bfloat };
-void mma(float *c, const unsigned (&ab)[6], Element element, const char *name, int line);
+void mma(float *c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1, Element element,
+         const char *name, int line);
 unsigned transpose(unsigned v, int line);
 unsigned shared_address(const void *p, int line);
 unsigned load_shared(unsigned address, int line);
@@ -134,16 +135,9 @@ struct Entry {
 #define WPH_ENTRY(name, cluster) static const wph::Entry wph_entry_##name(#name, name, cluster);
 
 // --- bits ---------------------------------------------------------------------------------------------------------
-WPH_DEVICE float bits_to_float(unsigned v) {
-    float d;
-    __builtin_memcpy(&d, &v, 4);
-    return d;
-}
-WPH_DEVICE unsigned float_to_bits(float v) {
-    unsigned d;
-    __builtin_memcpy(&d, &v, 4);
-    return d;
-}
+// No variable has its address taken, which would cost a guarded frame per call.
+WPH_DEVICE float bits_to_float(unsigned v) { return __builtin_bit_cast(float, v); }
+WPH_DEVICE unsigned float_to_bits(float v) { return __builtin_bit_cast(unsigned, v); }
 WPH_DEVICE unsigned prmt(unsigned a, unsigned b, unsigned selector) { return wph::permute_bytes(a, b, selector); }
 WPH_DEVICE unsigned funnel_right(unsigned lo, unsigned hi, int shift) {
     return static_cast<unsigned>((static_cast<unsigned long long>(hi) << 32 | lo) >> (shift & 31));
@@ -266,11 +260,11 @@ WPH_DEVICE float reciprocal_sqrt(float v) { return 1.0f / sqrtf(fabsf(v) < 0x1p-
 // --- matrix -------------------------------------------------------------------------------------------------------
 WPH_DEVICE void mma_16816(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1,
                           WPH_LINE) {
-    wph::mma(c, {a0, a1, a2, a3, b0, b1}, wph::Element::half, "mma_16816", line);
+    wph::mma(c, a0, a1, a2, a3, b0, b1, wph::Element::half, "mma_16816", line);
 }
 WPH_DEVICE void mma_16816_bf16(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,
                                unsigned b1, WPH_LINE) {
-    wph::mma(c, {a0, a1, a2, a3, b0, b1}, wph::Element::bfloat, "mma_16816_bf16", line);
+    wph::mma(c, a0, a1, a2, a3, b0, b1, wph::Element::bfloat, "mma_16816_bf16", line);
 }
 WPH_DEVICE unsigned movmatrix(unsigned v, WPH_LINE) { return wph::transpose(v, line); }
 

@@ -5,37 +5,13 @@
 #include "runtime.h"
 
 namespace wph {
-namespace {
 
-// Every half as a float, computed once: mma alone needs 384 per call.
-struct HalfTable {
-    float value[65536];
-    HalfTable() {
-        for (unsigned v = 0; v < 65536; ++v) {
-            const int exponent = static_cast<int>(v >> 10 & 31u);
-            const int mantissa = static_cast<int>(v & 1023u);
-            float f;
-            if (exponent == 31) {
-                f = mantissa ? NAN : INFINITY;
-            } else if (exponent == 0) {
-                f = std::ldexp(static_cast<float>(mantissa), -24);
-            } else {
-                f = std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
-            }
-            value[v] = v & 0x8000u ? -f : f;
-        }
-    }
-};
-const HalfTable &halves() {
-    static const HalfTable table;
-    return table;
-}
-
-}  // namespace
-
+// mma alone needs 384 per call. Exponents of halves are 112 less than those of floats, subnormal ones too.
 float half_value(unsigned short v) {
-    static const HalfTable &table = halves();
-    return table.value[v];
+    const unsigned magnitude = v & 0x7fffu;
+    const unsigned sign = (v & 0x8000u) << 16;
+    if (magnitude >= 0x7c00u) return bits_to_float(sign | (magnitude > 0x7c00u ? 0x7fc00000u : 0x7f800000u));
+    return bits_to_float(sign | magnitude << 13) * 0x1p112f;
 }
 
 unsigned short half_bits(double v) {

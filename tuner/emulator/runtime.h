@@ -106,6 +106,7 @@ struct PhaseBarrier {
 
 struct Cta {
     bool live = false;
+    std::size_t place = 0;  // among those that take turns
     uint3 index{};
     unsigned lanes_left = 0;
     Meeting end;  // of its lanes: the slot's next CTA uses their stacks

@@ -147,9 +147,9 @@ Warp *ready_warp(Cta &cta, Warp *last) {
     if (last && last->cta == &cta && last->ready) return last;
     std::size_t start = last ? last->index + 1 : 0;
     if (shuffled()) start = random_word() % count;
-    for (std::size_t i = 0; i < count; ++i) {
-        Warp &warp = cta.warps[(start + i) % count];
-        if (warp.ready) return &warp;
+    std::size_t at = start % count;
+    for (std::size_t i = 0; i < count; ++i, at = at + 1 < count ? at + 1 : 0) {
+        if (cta.warps[at].ready) return &cta.warps[at];
     }
     return nullptr;
 }
@@ -191,13 +191,10 @@ Lane *next_lane(Cta *after, bool other_cta) {
     for (;;) {
         bool live = false, progress = false;
         const std::size_t count = ctas.size();
-        std::size_t start = 0;
-        for (std::size_t i = 0; i < count; ++i) {
-            if (&ctas[i] == after) start = i;
-        }
-        if (other_cta) start += shuffled() ? random_word() % count : 1;
-        for (std::size_t i = 0; i < count; ++i) {
-            Cta &cta = ctas[(start + i) % count];
+        std::size_t at = after ? after->place : 0;
+        if (other_cta) at = (at + (shuffled() ? random_word() % count : 1)) % count;
+        for (std::size_t i = 0; i < count; ++i, at = at + 1 < count ? at + 1 : 0) {
+            Cta &cta = ctas[at];
             if (!cta.live && !begin_cluster(*cta.cluster)) continue;
             live = true;
             map_shared(cta);
@@ -354,6 +351,7 @@ void run_launch(const LaunchPlan &launch) {
     for (Cluster &cluster : clusters) {
         for (unsigned rank = 0; rank < size; ++rank) {
             Cta &cta = ctas.emplace_back();
+            cta.place = ctas.size() - 1;
             make_fibers(cta);
             cta.cluster = &cluster;
             cta.rank = rank;
