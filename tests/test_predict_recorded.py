@@ -35,11 +35,21 @@ each_table = pytest.mark.parametrize("path", MEASURED, ids=lambda p: p.stem.remo
 
 
 @cache
+def all_recorded() -> dict[Path, Table]:
+    return {path: read(path) for path in MEASURED}
+
+
+@cache
+def all_facts() -> dict[str, SassFacts]:
+    """Of all tables' kernels at once: the disassembler takes most of its time to start."""
+    cubins = {k.id: TABLES / "kernels" / f"{k.id}.cubin" for table in all_recorded().values() for k in table.kernels}
+    return dict(zip(cubins, disassemble((c, "wph_decode") for c in cubins.values()), strict=True))
+
+
 def recorded(path: Path) -> tuple[Table, dict[str, SassFacts]]:
-    table = read(path)
+    table = all_recorded()[path]
     assert table.evidence == "measured"
-    cubins = {k.id: path.parent / "kernels" / f"{k.id}.cubin" for k in table.kernels}
-    return table, dict(zip(cubins, disassemble((c, "wph_decode") for c in cubins.values()), strict=True))
+    return table, all_facts()
 
 
 def predicted_us(path: Path, entry: BatchEntry | BucketEntry, timing: Timing) -> float:
