@@ -7,6 +7,7 @@ from emulated import emulate_decode, worst_head_error
 
 from tuner.reference import Case, synthetic_cache
 from tuner.space import Config
+from tuner.suits import reads_head_major
 
 TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 2e-3}
 
@@ -21,5 +22,6 @@ def small_case(config: Config, lengths: tuple[int, ...] = (0, 1, 70, 17), **opti
     # Bulk copies of token-major caches take all of a cache's heads at once.
     kv_heads = {"bulk": 1, "bulk_rows": 2}.get(config["load"], 0) * config["head_warps"] or 2
     p = config.problem
-    options.setdefault("order", "head" if config["load"] == "bulk" and kv_heads % 2 == 0 else "token")
+    by_head = config["load"] == "bulk" and kv_heads % 2 == 0 and reads_head_major(config)
+    options.setdefault("order", "head" if by_head else "token")
     return synthetic_cache(p.layout, lengths, q_heads=p.gqa * kv_heads, kv_heads=kv_heads, **options)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from tuner.reference import Case, Codec, bulk_case, codebook, make_cache, store,
 from tuner.render import render
 from tuner.space import Config, Problem, default_config, get_space, seed_config
 from tuner.space.core import Value
-from tuner.space.decode import direct_variant, has_unaligned_fields
+from tuner.space.decode import direct_variant, has_rows_alike, has_unaligned_fields
 from tuner.space.plan import DecodePlan
 from tuner.suits import suited
 from tuner.table import read
@@ -55,7 +55,9 @@ def draw(chooser: random.Random, problem: Problem, warps: int) -> dict[str, Valu
         values["lookup"] = "table"
     elif values["lookup"] == "woven" and values["math"] != "mma":
         values["lookup"] = "spread"
-    if values["words"] == "adjacent" and not has_unaligned_fields(SPACE.config(problem, values)):
+    if str(values["words"]).startswith("whole") and not has_rows_alike(SPACE.config(problem, values)):
+        values["words"] = "adjacent"
+    if str(values["words"]).endswith("adjacent") and not has_unaligned_fields(SPACE.config(problem, values)):
         values["words"] = "strided"
     if problem.layout.format.has_signs:
         values["beginning"] = "ordered"
@@ -135,7 +137,6 @@ DEFAULT = default_config(Problem("decode", 128, 4, FORMAT))
 PERSISTENT = DEFAULT.with_(schedule="stream", reduction="kernel")
 SHARED = DEFAULT.with_(schedule="share", reduction="kernel")
 DEALT = DEFAULT.with_(schedule="deal", lookup="woven", query="paired", words="adjacent", tail="apart")
-EARLY = DEALT.with_(beginning="early")
 PROMPT = DEALT.with_(beginning="prompt")
 
 
@@ -156,8 +157,6 @@ def test_block_sizes(block_size: int) -> None:
         DEFAULT.with_(schedule="share", warps=1),
         DEALT,
         DEALT.with_(warps=1, reduction="kernel"),
-        EARLY,
-        EARLY.with_(load="bulk_rows", warps=16, head_warps=8, stages=3),
         PROMPT,
         PROMPT.with_(load="bulk_rows", warps=16, head_warps=8, stages=3),
         PROMPT.with_(load="bulk", words="strided", head_warps=4, stages=1, schedule="grid", reduction="all"),
@@ -174,7 +173,7 @@ def test_any_number_of_splits(config: Config, splits: int) -> None:
 def test_pieces_of_many_requests_are_counted_exactly() -> None:
     """149 requests of 3 groups and one of 25: 156 CTAs have a piece each, of four groups at most. With one piece more
     quotas would have cut the last request elsewhere, which its sums would show."""
-    config = default_config(Problem("decode", 64, 1, FORMAT)).with_(warps=1, schedule="deal", beginning="early")
+    config = default_config(Problem("decode", 64, 1, FORMAT)).with_(warps=1, schedule="deal", beginning="prompt")
     case = small_case(config, (40,) * 149 + (400,))
     seven = emulate_decode(config.with_(schedule="grid"), case, 7)[-1]
     assert torch.equal(emulate_decode(config, case, 156)[-1], seven)
@@ -216,6 +215,38 @@ def test_bytes_that_begin_with_two_3_bit_indices(cache_format: str, head_dim: in
     config = default_config(Problem("decode", head_dim, 2, cache_format))
     config = config.with_(dim_warps=dim_warps, lookup=lookup, stages=1, tail="apart")
     check(config, small_case(config, (100, 16, 0, 33)))
+
+
+@pytest.mark.parametrize("words", ["whole", "whole_adjacent"])
+@pytest.mark.parametrize(
+    ("cache_format", "head_dim", "values"),
+    [
+        (FORMAT, 64, {"warps": 2, "math": "fma", "accumulate": "f32"}),
+        (FORMAT, 128, {"warps": 4, "tokens": 32, "lookup": "woven", "query": "paired", "beginning": "prompt"}),
+        (FORMAT, 256, {"warps": 8, "dim_warps": 2, "lookup": "prmt", "schedule": "deal", "reduction": "all"}),
+        (FORMAT, 512, {"warps": 8, "dim_warps": 4, "stages": 1, "reduction": "cluster2", "beginning": "prompt"}),
+        ("turboquant_k3v4_nc", 128, {"warps": 4, "lookup": "woven", "schedule": "deal", "beginning": "prompt"}),
+        ("turboquant_k3v4_nc", 256, {"warps": 4, "dim_warps": 2, "lookup": "table"}),
+    ],
+)
+def test_rows_turned_to_their_first_whole_word(
+    words: str, cache_format: str, head_dim: int, values: dict[str, Value]
+) -> None:
+    """Of two heads one has keys, the other values that begin in the middle of a word."""
+    config = default_config(Problem("decode", head_dim, 3, cache_format))
+    config = config.with_(load="bulk", head_warps=2, words=words, **values)
+    if words == "whole_adjacent" and not has_unaligned_fields(config):
+        assert "adjacent_words" in [c.name for c in SPACE.refusals(config, get_target("sm_90"))]
+        return
+    case = synthetic_cache(config.problem.layout, (333, 0, 1, 64), q_heads=6, kv_heads=2)
+    check(config, case, splits=3)
+
+
+def test_tokens_that_are_not_whole_words_apart_are_read_otherwise() -> None:
+    config = DEFAULT.with_(load="bulk", head_warps=2, words="whole")
+    case = small_case(config, (100, 40), order="head")
+    assert suited(config, cache_order(case.kv_cache)) == direct_variant(config)
+    assert suited(config, cache_order(small_case(config, (100, 40), order="token").kv_cache)) == config
 
 
 @pytest.mark.parametrize("config", [DEFAULT, direct_variant(DEFAULT)])

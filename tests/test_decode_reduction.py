@@ -32,17 +32,17 @@ def test_branches_of_splits(cache_format: str, schedule: str) -> None:
 
 @pytest.mark.parametrize("schedule", ["grid", "deal"])
 @pytest.mark.parametrize(
-    ("cache_format", "early"),
+    ("cache_format", "values"),
     [
         ("turboquant_4bit_nc", {}),
         ("turboquant_4bit_nc", {"warps": 2, "beginning": "prompt"}),
         ("turboquant_outlier", {}),
     ],
 )
-def test_contributors_that_wait_for_each_other(cache_format: str, early: dict[str, Value], schedule: str) -> None:
+def test_contributors_that_wait_for_each_other(cache_format: str, values: dict[str, Value], schedule: str) -> None:
     """One at a time, where all but the last give up waiting, and together; up to more of them than there are shares."""
     config = default_config(Problem("decode", 64, 6, cache_format)).with_(reduction="all", schedule=schedule, warps=1)
-    config = config.with_(**early)
+    config = config.with_(**values)
     case = small_case(config, (1300, 0, 1, 16 * 9, 33))
     for splits in (1, 9, 33, 70):
         check(config, case, splits)
@@ -51,7 +51,7 @@ def test_contributors_that_wait_for_each_other(cache_format: str, early: dict[st
     assert torch.equal(emulate_decode(config, case, 70), emulate_decode(config, case, 70, seed=3, concurrent_ctas=8))
 
 
-@pytest.mark.parametrize("beginning", ["ordered", "early"])
+@pytest.mark.parametrize("beginning", ["ordered", "prompt"])
 @pytest.mark.parametrize(("patience", "concurrent_ctas"), [(0, 1), (0, 200), (1, 3), (100_000, 200)])
 def test_shares_are_added_up_once_however_long_one_waits(
     patience: int, concurrent_ctas: int, beginning: str, monkeypatch: pytest.MonkeyPatch
@@ -90,9 +90,8 @@ CLUSTERED = [
     ("turboquant_outlier", 128, 4, {"warps": 2, "dim_warps": 2}),
     ("turboquant_outlier", 64, 6, {"warps": 2, "math": "fma", "accumulate": "f32"}),
     ("turboquant_seed", 128, 8, {"warps": 2, "head_warps": 2}),
-    ("turboquant_4bit_nc", 64, 3, {"warps": 2, "beginning": "early"}),
-    ("turboquant_4bit_nc", 128, 4, {"warps": 8, "head_warps": 4, "load": "bulk", "beginning": "early"}),
-    ("turboquant_3bit_nc", 256, 8, {"warps": 4, "dim_warps": 2, "stages": 1, "beginning": "early"}),
+    ("turboquant_4bit_nc", 128, 4, {"warps": 8, "head_warps": 4, "load": "bulk", "beginning": "prompt"}),
+    ("turboquant_3bit_nc", 256, 8, {"warps": 4, "dim_warps": 2, "stages": 1, "beginning": "prompt"}),
     ("turboquant_4bit_nc", 64, 3, {"warps": 2, "beginning": "prompt"}),
     ("turboquant_4bit_nc", 128, 4, {"warps": 8, "beginning": "prompt"}),
     ("turboquant_3bit_nc", 256, 8, {"warps": 8, "dim_warps": 4, "stages": 1, "beginning": "prompt"}),
@@ -119,7 +118,7 @@ def test_clusters_of_splits(index: int) -> None:
     assert torch.equal(some, emulate_decode(config, case, most, concurrent_ctas=20))
 
 
-@pytest.mark.parametrize("beginning", ["ordered", "early", "prompt"])
+@pytest.mark.parametrize("beginning", ["ordered", "prompt"])
 @pytest.mark.parametrize("head_warps", [2, 4])
 def test_clusters_of_more_heads_than_there_are(head_warps: int, beginning: str) -> None:
     config = default_config(Problem("decode", 128, 4, "turboquant_4bit_nc"))

@@ -162,12 +162,12 @@ def test_beginnings_lie_in_the_row_that_is_divided(batch: int) -> None:
     dealt = default_config(PROBLEM).with_(schedule="deal")
     plan = DecodePlan(dealt)
     longest, groups = {}, sum(-(-n // 16) for n in ragged.lengths())
-    for beginning in ("ordered", "early"):
+    for beginning in ("ordered", "prompt"):
         work, sharers = _quotas(dealt.with_(beginning=beginning), ragged, ctas)
         assert sum(n for n, _ in work) <= ctas and len(sharers) == batch
         longest[beginning] = max(most for _, most in work)
     lead = plan.beginning_steps * plan.token_warps * plan.tiles
-    assert longest["early"] <= -(-(groups + batch * lead) // ctas) < longest["ordered"]
+    assert longest["prompt"] <= -(-(groups + batch * lead) // ctas) < longest["ordered"]
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_121"])

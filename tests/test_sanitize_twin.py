@@ -28,6 +28,7 @@ from tuner.reference import synthetic_cache
 from tuner.render import render
 from tuner.space import Config, Problem, default_config
 from tuner.space.plan import DecodePlan
+from tuner.suits import reads_head_major
 from tuner.table.store import PACKAGE_TABLES
 
 FORMAT = "turboquant_4bit_nc"
@@ -41,7 +42,7 @@ COPIES = decode(256, 8, tokens=32, stages=1, lookup="spread", schedule="stream",
 BULK = decode(128, 4, warps=8, load="bulk", head_warps=2, lookup="spread")
 FOUR = default_config(Problem("decode", 256, 4, FORMAT)).with_(dim_warps=4, warps=8, reduction="cluster2")
 DEQUANT = default_config(Problem("dequant", 256, 1, FORMAT)).with_(dim_warps=2, warps=8)
-STORING = default_config(Problem("decode", 128, 4, FORMAT)).with_(reduction="cluster2", beginning="early")
+STORING = default_config(Problem("decode", 128, 4, FORMAT)).with_(reduction="cluster2", beginning="prompt")
 TURNS = STORING.with_(load="bulk", warps=4, head_warps=4, tokens=16, lookup="spread", reduction="all")
 BOTH = TURNS.with_(reduction="cluster2")
 PROMPT = BOTH.with_(beginning="prompt")
@@ -147,7 +148,7 @@ def emulate_twins(monkeypatch: pytest.MonkeyPatch, text: Any = lambda config: tw
 
 def run_decode(config: Config, **options: Any) -> None:
     kv_heads = config["head_warps"] if config["load"] == "bulk" else 2
-    order = "head" if config["load"] == "bulk" else "token"
+    order = "head" if config["load"] == "bulk" and reads_head_major(config) else "token"
     heads = config.problem.gqa * kv_heads
     case = synthetic_cache(config.problem.layout, (0, 1, 300, 17), q_heads=heads, kv_heads=kv_heads, order=order)
     try:

@@ -39,6 +39,7 @@ def test_turns_of_reads(
     assert pitch % 4 == 0 and pitch // 4 % 32 == apart
     assert word_reads(config, pitch) == strided
     assert word_reads(config.with_(words="adjacent"), pitch) == adjacent
+    assert word_reads(config.with_(words="whole"), pitch) == (adjacent[0], adjacent[0] * strided[1] // strided[0])
 
 
 def test_slices_take_their_part_of_each_lanes_run() -> None:
@@ -55,11 +56,11 @@ def test_tokens_dealt_to_rows_keep_values_apart() -> None:
     assert word_reads(config, 2 * 131 * 4)[1] == 2 * reads, "twice the distance is what tokens 2t would have"
 
 
-@pytest.mark.parametrize("words", ["strided", "adjacent"])
+@pytest.mark.parametrize("words", ["strided", "adjacent", "whole", "whole_adjacent"])
 def test_tokens_stand_where_the_template_deals_them(words: str) -> None:
     config = bulk(256, 2, words=words)
     code = re.search(r"int row_token\(int r\) \{ return ([r\d /%*+]+); \}", render(config).text)
-    assert bool(code) == (words == "adjacent")
+    assert bool(code) == words.endswith("adjacent")
     expression = code[1].replace("/", "//") if code else "r"
     assert [_token(r, DecodePlan(config)) for r in range(8)] == [eval(expression, {"r": r}) for r in range(8)]
 
@@ -80,7 +81,7 @@ def test_pitches_of_each_way_to_load() -> None:
     assert token_pitch(bulk(128, 1, load="direct"), 8) == 0
 
 
-@pytest.mark.parametrize(("head_dim", "gqa", "kv_heads", "words"), [(128, 4, 8, "strided"), (256, 8, 2, "adjacent")])
+@pytest.mark.parametrize(("head_dim", "gqa", "kv_heads", "words"), [(128, 4, 8, "whole"), (256, 8, 2, "whole_adjacent")])
 def test_leads_take_the_words_with_fewer_turns(head_dim: int, gqa: int, kv_heads: int, words: str) -> None:
     leads = lead_configs(Problem("decode", head_dim, gqa, FORMAT), kv_heads)
     assert {c["words"] for c in leads if c["tail"] == "apart" and c["load"] == "bulk"} == {words}

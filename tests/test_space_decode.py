@@ -23,13 +23,18 @@ def test_default_and_its_direct_variant_suit_every_target(name: str, head_dim: i
                 assert [c.name for c in SPACE.refusals(variant, get_target(arch))] == [], variant.describe()
 
 
-def test_superseded_values_are_read_and_never_searched() -> None:
+def test_rows_of_recorded_kernels_are_read_in_whole_words_where_they_may_be() -> None:
     config = default_config(Problem("decode", 128, 4, "turboquant_4bit_nc"))
-    old = SPACE.validate(config.with_(beginning="early", tokens=32))
-    assert SPACE.renewed(old) == config.with_(beginning="prompt", tokens=32) and SPACE.renewed(config) == config
-    assert "early" not in SPACE.axis("beginning").values
-    with pytest.raises(UsageError, match="axis beginning cannot be early: expected one of ordered, prompt"):
-        SPACE.restricted({"beginning": ("early",)})
+    bulk = config.with_(load="bulk", head_warps=8, warps=8)
+    assert SPACE.renewed(bulk) == bulk.with_(words="whole")
+    assert SPACE.renewed(bulk.with_(words="adjacent")) == bulk.with_(words="whole_adjacent")
+    odd = bulk.with_(head_warps=1)  # 134 bytes between tokens
+    for other in (config, odd, bulk.with_(words="whole")):
+        assert SPACE.renewed(other) == other
+    for name, allowed in (("turboquant_k3v4_nc", ["whole"]), ("turboquant_3bit_nc", []), ("turboquant_k8v4", [])):
+        format_bulk = default_config(Problem("decode", 128, 4, name)).with_(load="bulk", head_warps=8, warps=8)
+        ways = ("whole", "whole_adjacent")
+        assert [w for w in ways if not SPACE.refusals(format_bulk.with_(words=w), get_target("sm_90"))] == allowed
 
 
 def test_seed_landmark_has_four_warps() -> None:

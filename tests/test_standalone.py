@@ -74,8 +74,9 @@ def decode_configs() -> list[Config]:
     bulk = plain.with_(load="bulk", load_bytes=16, head_warps=4, schedule="stream")
     direct = plain.with_(load="direct", stages=1, reduction="kernel")
     rows = bulk.with_(load="bulk_rows", head_warps=8, warps=8)
-    waiting = plain.with_(reduction="all", schedule="deal", beginning="early")
-    return [plain, bulk, plain.with_(reduction="tree"), direct, rows, plain.with_(reduction="cluster8"), waiting]
+    waiting = plain.with_(reduction="all", schedule="deal", beginning="prompt")
+    whole = bulk.with_(head_warps=8, warps=8, words="whole")
+    return [plain, bulk, plain.with_(reduction="tree"), direct, rows, plain.with_(reduction="cluster8"), waiting, whole]
 
 
 def all_tables(arch: str = "sm_90") -> list[Table]:
@@ -299,7 +300,8 @@ int main() {
 
 
 def test_every_kernel_is_run_on_a_cache_that_it_reads(project: Path, tmp_path: Path) -> None:
-    """A bulk copy of half of the heads of a token reads caches with heads before tokens only."""
+    """A bulk copy of half of the heads of a token reads caches with heads before tokens only; whole words, those with
+    tokens before heads."""
     (tmp_path / "orders.cu").write_text(_ORDERS)
     objects = [str(p) for p in (project / "build").rglob("src/sm_90/*.o")]
     sources = [str(tmp_path / "orders.cu"), "src/dispatch.cu", *(f"src/{op}.cu" for op in OPS)]
@@ -310,8 +312,9 @@ def test_every_kernel_is_run_on_a_cache_that_it_reads(project: Path, tmp_path: P
     found = {name: reads for name, *reads in map(str.split, done.stdout.splitlines())}
     token_major, head_major = ["1", "1", "0", "0"], ["0", "0", "1", "1"]
     both = ["1"] * 4
-    kernels = (f"decode_d128_g4_4bit_nc_{letter}" for letter in "abcdefg")
-    assert found == dict(zip(kernels, (both, head_major, both, both, token_major, both, both), strict=True))
+    kernels = (f"decode_d128_g4_4bit_nc_{letter}" for letter in "abcdefgh")
+    reads = (both, head_major, both, both, token_major, both, both, token_major)
+    assert found == dict(zip(kernels, reads, strict=True))
 
 
 # --- the reference in C++ ---------------------------------------------------------------------------------------------

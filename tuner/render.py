@@ -185,7 +185,7 @@ def _choices(config: Config, space: Space) -> Axes:
         if isinstance(value, str):
             choice = _Choice(value)
             axis = space.axis(name)
-            choice.axis, choice.known = name, (*axis.values, *dict(axis.superseded))
+            choice.axis, choice.known = name, axis.values
             values[name] = choice
         else:
             values[name] = value

@@ -71,6 +71,8 @@ def _bulk_refusal(config: Config, order: CacheOrder) -> str | None:
     token_major = order.head == slot and order.token == heads * slot
     if not head_major and not token_major:
         return f"{heads} heads of a token are not all that lies between tokens (load=bulk)"
+    if order.token % DecodePlan(config).token_alignment:
+        return f"tokens lie {order.token} bytes apart: expected whole words (words={config['words']})"
     starts = (order.address, order.block, order.plane, GROUP_TOKENS * order.token, order.head if head_major else 0)
     if any(start % 16 for start in starts):
         return "pages are not aligned to 16 bytes (load=bulk)"
@@ -90,7 +92,7 @@ def comes_piecemeal(config: Config, order: CacheOrder) -> bool:
 
 def reads_head_major(config: Config) -> bool:
     """Whether the kernel reads caches in which a head's tokens lie side by side, pages being aligned."""
-    return config["load"] != "bulk_rows"
+    return config["load"] != "bulk_rows" and not DecodePlan(config).whole_words
 
 
 def suited(config: Config, order: CacheOrder) -> Config:

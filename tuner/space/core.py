@@ -108,15 +108,13 @@ class Axis:
     """A parameter of the search: its values, the first being the plainest, and what it means.
 
     ``absent``: for an axis that came later, the value that kernels recorded before it have. Sources do not state it, so
-    that those kernels keep their text, and tables need not. ``superseded``: values that tables still hold, each with
-    the one that took its place; they can be rendered, but no search tries them.
+    that those kernels keep their text, and tables need not.
     """
 
     name: str
     values: tuple[Value, ...]
     meaning: str
     absent: Value | None = None
-    superseded: tuple[tuple[Value, Value], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,6 +139,8 @@ class Space:
     """The layout of the seed's kernel: four warps, one row or one KV head each."""
     leads: Callable[[Problem, int], tuple[Config, ...]] = lambda problem, kv_heads: ()
     """Layouts that tend to win for so many KV heads: a search tries those that are allowed before it samples."""
+    renewed: Callable[[Config], Config] = lambda config: config
+    """A kernel that won before as a search tries it today: with what came since in the place of values of its."""
 
     def axis(self, name: str) -> Axis:
         for axis in self.axes:
@@ -155,7 +155,7 @@ class Space:
         for axis in self.axes:
             if axis.name not in values:
                 raise UsageError(f"axis {axis.name} has no value")
-            if values[axis.name] not in (*axis.values, *dict(axis.superseded)):
+            if values[axis.name] not in axis.values:
                 expected = ", ".join(map(str, axis.values))
                 raise UsageError(f"axis {axis.name} cannot be {values[axis.name]!r}: expected one of {expected}")
         return Config(problem, tuple((a.name, values[a.name]) for a in self.axes))
@@ -164,10 +164,6 @@ class Space:
         """``values``, in axis order, and what they leave out of axes that came later; nothing is checked."""
         known = {a.name: values.get(a.name, a.absent) for a in self.axes}
         return {name: value for name, value in known.items() if value is not None} | dict(values)
-
-    def renewed(self, config: Config) -> Config:
-        """``config`` with what took the place of superseded values: a recorded kernel as a search tries it today."""
-        return config.with_(**{a.name: dict(a.superseded).get(config[a.name], config[a.name]) for a in self.axes})
 
     def validate(self, config: Config) -> Config:
         """``config`` with its axes checked and ordered; raises UsageError naming what is wrong."""

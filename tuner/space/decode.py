@@ -30,7 +30,13 @@ AXES = (
         ("grid", "stream", "share", "deal"),
         "splits per request, or a persistent grid: equal quotas, or pieces, which one warp deals out",
     ),
-    Axis("words", ("strided", "adjacent"), "which of a row's words a lane unpacks: every fourth, or a run", "strided"),
+    Axis(
+        "words",
+        ("strided", "adjacent", "whole", "whole_adjacent"),
+        "which of a row's words a lane unpacks, every fourth or a run; whole: of a row that begins within a word, its "
+        "first bytes come last",
+        "strided",
+    ),
     Axis("tail", ("masked", "apart"), "tokens past the end: masked in every step, or in a last one apart", "masked"),
     Axis(
         "beginning",
@@ -38,7 +44,6 @@ AXES = (
         "everything in order; or prompt: only what depends on lengths waits for them, warps ask for tokens in turn, "
         "clusters store their sums, mbarriers are opened meanwhile",
         absent="ordered",
-        superseded=(("early", "prompt"),),
     ),
 )
 
@@ -64,11 +69,22 @@ def register_estimate(config: Config) -> int:
     return _FIXED_REGISTERS + sums + scores + held + state
 
 
-def has_unaligned_fields(config: Config) -> bool:
-    """Whether keys and values are fields of four bits in staged rows that are aligned to two bytes."""
+def _has_unaligned_values(config: Config) -> bool:
+    """Whether values are fields of four bits in staged rows that are aligned to two bytes."""
     layout = config.problem.layout
-    fields = layout.key.bits == layout.value.bits == 4 and not layout.format.value_codebook
+    fields = layout.value.bits == 4 and not layout.format.value_codebook
     return fields and config["load"] != "direct" and DecodePlan(config).alignment == 2
+
+
+def has_unaligned_fields(config: Config) -> bool:
+    """Whether keys are such fields too."""
+    return config.problem.layout.key.bits == 4 and _has_unaligned_values(config)
+
+
+def has_rows_alike(config: Config) -> bool:
+    """Whether such values of a warp all begin at the same distance from a word, tokens being whole words apart."""
+    apart = config["head_warps"] * config.problem.layout.slot_bytes
+    return _has_unaligned_values(config) and DecodePlan(config).bulk and apart % 4 == 0
 
 
 def _overfills_gaps(plan: DecodePlan) -> bool:
@@ -108,7 +124,13 @@ CONSTRAINTS = (
     Constraint(
         "adjacent_words",
         "runs of words spare reads where staged rows of 4-bit fields are aligned to two bytes only",
-        lambda c, _: c["words"] == "adjacent" and not has_unaligned_fields(c),
+        lambda c, _: DecodePlan(c).adjacent and not has_unaligned_fields(c),
+    ),
+    Constraint(
+        "whole_words",
+        "rows may be read from their first whole word on where bulk copies leave 4-bit values aligned to two bytes only, "
+        "and tokens whole words apart",
+        lambda c, _: DecodePlan(c).whole_words and not has_rows_alike(c),
     ),
     Constraint(
         "copy_width",
@@ -223,10 +245,9 @@ def seed_config(problem: Problem) -> Config:
 
 def _best_words(config: Config, kv_heads: int) -> Config:
     """``config`` with words dealt to lanes so that reading them takes fewer turns, where there is a choice."""
-    other = config.with_(words="adjacent")
-    if not has_unaligned_fields(config):
-        return config
-    return min((config, other), key=lambda c: word_reads(c, token_pitch(c, kv_heads))[1])
+    ways = ("whole", "whole_adjacent") if has_rows_alike(config) else ("strided", "adjacent")
+    choice = [config.with_(words=way) for way in ways[: 1 + has_unaligned_fields(config)]]
+    return min(choice, key=lambda c: word_reads(c, token_pitch(c, kv_heads))[1])
 
 
 def _bulk(problem: Problem, kv_heads: int, most: int) -> dict[str, Value]:
@@ -328,4 +349,10 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     return tuple(dict.fromkeys(_best_words(c, kv_heads) if c["tail"] == "apart" else c for c in known))
 
 
-DECODE = Space("decode", AXES, CONSTRAINTS, default_config, seed_config, lead_configs)
+def _renewed(config: Config) -> Config:
+    """Reads its rows in whole words where it may."""
+    whole = {"strided": "whole", "adjacent": "whole_adjacent"}.get(str(config["words"]))
+    return config.with_(words=whole) if whole and has_rows_alike(config) else config
+
+
+DECODE = Space("decode", AXES, CONSTRAINTS, default_config, seed_config, lead_configs, _renewed)

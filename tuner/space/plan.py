@@ -80,7 +80,22 @@ class DecodePlan:
     @property
     def adjacent(self) -> bool:
         """A lane's words of a row lie side by side, and tokens are dealt to rows so that lanes meet in fewer banks."""
-        return bool(self.config["words"] == "adjacent")
+        return self.config["words"] in ("adjacent", "whole_adjacent")
+
+    @property
+    def whole_words(self) -> bool:
+        """Rows of 4-bit fields are read in whole words: one that begins in the middle of a word is taken from its first
+        whole word on, its first two bytes last, which turns it by four coefficients."""
+        return self.config["words"] in ("whole", "whole_adjacent")
+
+    @property
+    def token_alignment(self) -> int:
+        """What the bytes between tokens must be a multiple of."""
+        return 4 if self.whole_words else self.alignment
+
+    @property
+    def turns_keys(self) -> bool:
+        return self.whole_words and self.config.problem.layout.key.bits == 4
 
     @property
     def apart(self) -> bool:

@@ -149,5 +149,5 @@ def _facts(source: Source) -> dict[str, Any]:
         "cluster": plan.cluster,
         "row_floats": plan.partial_row_floats,
         "load": config["load"].upper(),
-        "alignment": plan.alignment,
+        "alignment": plan.token_alignment,
     }

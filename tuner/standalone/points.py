@@ -54,7 +54,7 @@ def orders(kernels: list[StandaloneKernel], kv_heads: int, first: int) -> list[s
 
     ``first`` is the number of ``kernels[0]`` in the export. One kernel of each way to read stands for all.
     """
-    alike = {(k.facts["load"], k.facts["head_warps"]): (i, k) for i, k in enumerate(kernels, first)}
+    alike = {tuple(k.facts[f] for f in ("load", "head_warps", "alignment")): (i, k) for i, k in enumerate(kernels, first)}
     found = []
     for number, kernel in alike.values():
         usual = CacheOrder.standard(kernel.config, kv_heads=kv_heads)

@@ -25,6 +25,7 @@ bool bulk_reads(const Kernel &kernel, const wph_decode_params &p, long long addr
     const bool head_major = p.token_stride == kernel.slot_bytes;
     const bool token_major = p.head_stride == kernel.slot_bytes && p.token_stride == run;
     if (!head_major && !token_major) return false;
+    if (p.token_stride % kernel.alignment) return false;
     const long long head = head_major ? p.head_stride : 0;
     const long long starts[] = {address, p.block_stride, p.plane_stride, 16 * p.token_stride, head};
     return multiples(16, starts, 5);
