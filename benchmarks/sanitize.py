@@ -197,7 +197,7 @@ def follows_twins(sanitizer: str, arch: str, work: Path) -> bool:
 def _control_primitives() -> str:
     """What the small program shares with kernels."""
     parts = environment(template_folder().resolve())
-    some = [parts.get_template(f"parts/ptx_{name}.cuh.j2").render() for name in ("early", "push")]
+    some = [parts.get_template(f"parts/ptx_{name}.cuh.j2").render() for name in ("prompt", "push")]
     return "".join([shared_primitives(default_config(Problem("decode", 128, 4, "turboquant_4bit_nc"))), *some])
 
 

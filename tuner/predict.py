@@ -31,8 +31,8 @@ _CLUSTER_CYCLES = 2000
 ten pairs of equal splits, with clusters and without, on an H200, in which it was 300 to 4700 (docs/kernel-notes.md)."""
 _PUSH_CYCLES = 1000
 """The same of clusters that store, which meet once and read nothing."""
-_EARLY_SHARE = 0.65
-"""What counts of the code around the loop with ``beginning=early``: more of it than of others is for other cases, and
+_PROMPT_SHARE = 0.65
+"""What counts of the code around the loop with ``beginning=prompt``: more of it than of others is for other cases, and
 some runs while tokens travel. Both are fitted to the times of 307 winners on an H200 alone on its host
 (docs/kernel-notes.md)."""
 CLUSTERS_SEEN = ("sm_90",)
@@ -79,7 +79,7 @@ def _quotas(config: Config, bucket: Bucket, splits: int) -> tuple[list[tuple[int
     if config["schedule"] == "grid":
         return _cut(groups, [_piece(g, splits, least) for g in groups])
     beginning = plan.beginning_steps * least
-    lead = beginning if plan.early and plan.shares else 0  # what beginnings take lies in the row, too
+    lead = beginning if plan.prompt and plan.shares else 0  # what beginnings take lies in the row, too
     quota = max(-(-(sum(groups) + lead * len(groups)) // splits), least)
     pieces = splits // bucket.batch
     if plan.shares:
@@ -205,7 +205,7 @@ def predict(
         shared_bytes=built.shared_bytes + geometry.shared_bytes,
         ctas=tuple((n * head_groups, -(-groups // step_groups)) for n, groups in quotas),
         step=step,
-        once=_outside(sass, loop, target).times(_EARLY_SHARE if plan.early else 1.0),
+        once=_outside(sass, loop, target).times(_PROMPT_SHARE if plan.prompt else 1.0),
         tiles_in_flight=stages,
         bytes_in_flight=stages * step_bytes,
         memory_bytes=cache_bytes(shape, problem.layout, bucket) * _overfetch(config, problem.layout, shape),

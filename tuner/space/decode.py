@@ -178,7 +178,7 @@ CONSTRAINTS = (
         lambda c, _: c["query"] == "paired" and (c["math"] != "mma" or c.problem.gqa > 4),
     ),
     Constraint(
-        "early_query",
+        "prompt_query",
         "rows of the query are read ahead as they lie: without signs, and channels in their order",
         lambda c, _: c["beginning"] != "ordered" and c.problem.layout.format.has_signs,
     ),

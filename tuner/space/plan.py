@@ -103,39 +103,35 @@ class DecodePlan:
         return bool(self.config["tail"] == "apart")
 
     @property
-    def early(self) -> bool:
-        """What no length decides is asked for before any is known, and a warp's whole query before the tokens."""
-        return self.config["beginning"] in ("early", "prompt")
-
-    @property
     def prompt(self) -> bool:
-        """As early; besides, mbarriers are opened while that travels, by one lane of each warp, blocks' numbers wait as
-        they were loaded, lanes that copy a token's row find out once where it starts, and no warp is idle where a
-        lookup table is filled or a cluster's heads are added up."""
+        """What no length decides is asked for before any is known, and a warp's whole query before the tokens. Mbarriers
+        are opened while that travels, by one lane of each warp, blocks' numbers wait as they were loaded, lanes that
+        copy a token's row find out once where it starts, and no warp is idle where a lookup table is filled or a
+        cluster's heads are added up."""
         return bool(self.config["beginning"] == "prompt")
 
     @property
     def fills_before(self) -> bool:
         """The lookup table is filled while one warp reckons; else while tokens are on their way."""
-        return self.early and self.dealt and self.lookup_bytes > 0
+        return self.prompt and self.dealt and self.lookup_bytes > 0
 
     @property
     def files_first(self) -> bool:
         """The query is filed while the ids of blocks travel, not while tokens do: where every lane asks for tokens,
         asking takes as long as the first of them."""
-        return self.early and self.config["load"] == "cp_async"
+        return self.prompt and self.config["load"] == "cp_async"
 
     @property
     def fills_aside(self) -> bool:
         """The warps that have no row of the query to file fill the lookup table, where they are half and more."""
-        idle = self.prompt and self.files_first and self.config["warps"] >= 2 * self.query_rows
+        idle = self.files_first and self.config["warps"] >= 2 * self.query_rows
         return bool(idle and self.lookup_bytes and not self.fills_before)
 
     @property
     def asks_in_turn(self) -> bool:
         """Of the warps that share a stripe of tokens each asks for a step in turn: who asks waits for the slowest, and
         copies of single rows take long. Two warps gain nothing."""
-        return self.early and self.bulk and int(self.config["head_warps"]) * int(self.config["dim_warps"]) > 2
+        return self.prompt and self.bulk and int(self.config["head_warps"]) * int(self.config["dim_warps"]) > 2
 
     @property
     def shares(self) -> bool:
@@ -297,7 +293,7 @@ class DecodePlan:
     @property
     def pushes(self) -> bool:
         """The CTAs of a cluster store their sums in each other's shared memory, where the others are read else."""
-        return self.early and self.cluster > 1
+        return self.prompt and self.cluster > 1
 
     beginning_steps = 4
     """Steps that beginning and ending a span are taken to last: a cautious estimate, since 6 were seen at 32 x 4k."""
