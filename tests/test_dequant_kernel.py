@@ -6,14 +6,14 @@ import random
 import shutil
 from dataclasses import replace
 from functools import cache
-from itertools import cycle, product
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 import emulated
 import pytest
 import torch
-from covering import Pairs, most_new, pairs
+from covering import Pairs, most_new
 from emulated import emulate_dequant, needs_gxx
 from emulated_sources import skip_without_thread_sanitizer
 from odd_caches import restride
@@ -34,7 +34,6 @@ UNTOUCHED = 0x7FC5
 """A bf16 NaN that no kernel produces."""
 
 
-PER_PROBLEM = 2
 DRAWS = 300
 
 
@@ -48,15 +47,14 @@ def draw(rng: random.Random, problem: Problem, warps: int) -> Config:
 
 @cache
 def matrix() -> dict[tuple[str, int], list[Config]]:
-    """Two allowed configurations per format and head dim, of warp counts in turn.
+    """An allowed configuration per format, head dim and warp count; the other axes drawn so that values meet in pairs.
 
-    Of many draws the one is taken that brings most pairs of values together that have not met yet. So as many meet as
-    in more than twice as many kernels that are drawn for their values alone.
+    Of many draws the one is taken that brings most pairs of values together that have not met yet.
     """
-    rng, met, turns = random.Random(0), Pairs(), cycle(WARPS)
+    rng, met = random.Random(0), Pairs()
     configs: dict[tuple[str, int], list[Config]] = {}
-    for name, head_dim, _ in product(FORMATS, HEAD_DIMS, range(PER_PROBLEM)):
-        problem, warps = Problem("dequant", head_dim, 1, name), next(turns)
+    for name, head_dim, warps in product(FORMATS, HEAD_DIMS, WARPS):
+        problem = Problem("dequant", head_dim, 1, name)
         chosen = most_new((draw(rng, problem, warps) for _ in range(DRAWS)), met, SPACE, TARGET)
         assert chosen is not None, problem
         configs.setdefault((name, head_dim), []).append(chosen)
@@ -154,15 +152,10 @@ def small_case(format_name: str, head_dim: int, **changes: object) -> Case:
     return synthetic_cache(slot_layout(format_name, head_dim), (17, 0, 5), **options | changes)  # type: ignore[arg-type]
 
 
-def test_matrix_brings_most_values_together() -> None:
-    """Each axis value, each format and each head dim with every warp count; 140 kernels drawn for their values alone
-    have 1101 pairs."""
+def test_matrix_reaches_every_axis_value() -> None:
     configs = [config for some in matrix().values() for config in some]
     missing = {(a.name, v) for a in SPACE.axes for v in a.values} - {pair for c in configs for pair in c.params}
     assert missing == {("warps", 32)}  # test_widest_cta
-    assert len({(c.problem.cache_format, c["warps"]) for c in configs}) == len(FORMATS) * len(WARPS)
-    assert len({(c.problem.head_dim, c["warps"]) for c in configs}) == len(HEAD_DIMS) * len(WARPS)
-    assert len(set().union(*map(pairs, configs))) > 1080
 
 
 @needs_gxx

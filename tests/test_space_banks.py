@@ -81,7 +81,9 @@ def test_pitches_of_each_way_to_load() -> None:
     assert token_pitch(bulk(128, 1, load="direct"), 8) == 0
 
 
-@pytest.mark.parametrize(("head_dim", "gqa", "kv_heads", "words"), [(128, 4, 8, "whole"), (256, 8, 2, "whole_adjacent")])
+@pytest.mark.parametrize(
+    ("head_dim", "gqa", "kv_heads", "words"), [(128, 4, 8, "whole"), (256, 8, 2, "whole_adjacent")]
+)
 def test_leads_take_the_words_with_fewer_turns(head_dim: int, gqa: int, kv_heads: int, words: str) -> None:
     leads = lead_configs(Problem("decode", head_dim, gqa, FORMAT), kv_heads)
     assert {c["words"] for c in leads if c["tail"] == "apart" and c["load"] == "bulk"} == {words}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from tuner.errors import UsageError
 from tuner.formats import FORMATS, HEAD_DIMS
 from tuner.space import Problem, default_config, get_space, seed_config
 from tuner.space.decode import direct_variant

@@ -128,8 +128,8 @@ CONSTRAINTS = (
     ),
     Constraint(
         "whole_words",
-        "rows may be read from their first whole word on where bulk copies leave 4-bit values aligned to two bytes only, "
-        "and tokens whole words apart",
+        "rows may be read from their first whole word on where bulk copies leave 4-bit values aligned to two bytes "
+        "only, and tokens whole words apart",
         lambda c, _: DecodePlan(c).whole_words and not has_rows_alike(c),
     ),
     Constraint(

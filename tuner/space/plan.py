@@ -104,10 +104,10 @@ class DecodePlan:
 
     @property
     def prompt(self) -> bool:
-        """What no length decides is asked for before any is known, and a warp's whole query before the tokens. Mbarriers
-        are opened while that travels, by one lane of each warp, blocks' numbers wait as they were loaded, lanes that
-        copy a token's row find out once where it starts, and no warp is idle where a lookup table is filled or a
-        cluster's heads are added up."""
+        """What no length decides is asked for before any is known, and a warp's whole query before the tokens.
+        Mbarriers are opened while that travels, by one lane of each warp, blocks' numbers wait as they were loaded,
+        lanes that copy a token's row find out once where it starts, and no warp is idle where a lookup table is filled
+        or a cluster's heads are added up."""
         return bool(self.config["beginning"] == "prompt")
 
     @property

@@ -54,7 +54,8 @@ def orders(kernels: list[StandaloneKernel], kv_heads: int, first: int) -> list[s
 
     ``first`` is the number of ``kernels[0]`` in the export. One kernel of each way to read stands for all.
     """
-    alike = {tuple(k.facts[f] for f in ("load", "head_warps", "alignment")): (i, k) for i, k in enumerate(kernels, first)}
+    ways = ("load", "head_warps", "alignment")
+    alike = {tuple(k.facts[fact] for fact in ways): (i, k) for i, k in enumerate(kernels, first)}
     found = []
     for number, kernel in alike.values():
         usual = CacheOrder.standard(kernel.config, kv_heads=kv_heads)
