@@ -67,12 +67,12 @@ def _halves(size: int) -> Iterator[tuple[int, int]]:
 def _words(size: int, lanes: int, bits: int, whole: bool, plan: DecodePlan) -> Iterator[tuple[int, int]]:
     """Offset of each word that a lane reads of its ``size`` bytes, and how far apart ``lanes`` lanes begin."""
     count = -(-size // _WORD)
-    turns = plan.whole_words and bits == 4
-    whole = whole or turns
+    turned = plan.whole_words and bits == 4
+    whole = whole or turned
     apart = size * plan.config["dim_warps"] if plan.adjacent else size
     if plan.adjacent or bits == 3:
         yield from ((_WORD * i, apart) for i in range(count + (not whole)))
     else:
         yield from ((_WORD * (lanes * i + n), _WORD) for i in range(count) for n in range(1 if whole else 2))
-    if turns:  # the last word is read in halves, both there where rows begin at a word
+    if turned:  # the last word is read in halves, both there where rows begin at a word
         yield (_WORD * (count - 1), apart) if plan.adjacent else (_WORD * lanes * (count - 1), _WORD)
