@@ -213,6 +213,7 @@ def test_bytes_that_begin_with_two_3_bit_indices(cache_format: str, head_dim: in
     ("cache_format", "head_dim", "values"),
     [
         (FORMAT, 64, {"warps": 2, "math": "fma", "accumulate": "f32"}),
+        (FORMAT, 64, {"warps": 2, "beginning": "prompt"}),
         (FORMAT, 128, {"warps": 4, "tokens": 32, "lookup": "woven", "query": "paired", "beginning": "prompt"}),
         (FORMAT, 256, {"warps": 8, "dim_warps": 2, "lookup": "prmt", "schedule": "deal", "reduction": "all"}),
         (FORMAT, 512, {"warps": 8, "dim_warps": 4, "stages": 1, "reduction": "cluster2", "beginning": "prompt"}),

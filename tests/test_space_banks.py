@@ -40,6 +40,7 @@ def test_turns_of_reads(
     assert word_reads(config, pitch) == strided
     assert word_reads(config.with_(words="adjacent"), pitch) == adjacent
     assert word_reads(config.with_(words="whole"), pitch) == (adjacent[0], adjacent[0] * strided[1] // strided[0])
+    assert word_reads(config.with_(words="whole_adjacent"), pitch) == adjacent
 
 
 def test_slices_take_their_part_of_each_lanes_run() -> None:

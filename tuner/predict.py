@@ -33,8 +33,8 @@ _PUSH_CYCLES = 1000
 """The same of clusters that store, which meet once and read nothing."""
 _PROMPT_SHARE = 0.65
 """What counts of the code around the loop with ``beginning=prompt``: more of it than of others is for other cases, and
-some runs while tokens travel. Both are fitted to the times of 307 winners on an H200 alone on its host
-(docs/kernel-notes.md)."""
+some runs while tokens travel. Both are fitted to the times of 307 winners on an H200 alone on its host, most of which
+asked as early but began less promptly (docs/kernel-notes.md)."""
 CLUSTERS_SEEN = ("sm_90",)
 """Architectures of which it was seen how many clusters they hold at once (``Target.held_ctas``)."""
 _CONFLICTS = {4: 3.4, 3: 1.9}

@@ -58,7 +58,7 @@ def refusal(config: Config, order: CacheOrder) -> str | None:
 
 def _bulk_refusal(config: Config, order: CacheOrder) -> str | None:
     """What one bulk copy moves must lie side by side and start at a multiple of 16 bytes: 16 tokens, or the CTA's heads
-    of one token."""
+    of one token. Kernels that read whole words want tokens whole words apart."""
     heads, slot = config["head_warps"], config.problem.layout.slot_bytes
     if order.kv_heads % heads:
         return f"{order.kv_heads} KV heads do not divide into CTAs of {heads} (load={config['load']})"

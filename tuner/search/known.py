@@ -17,7 +17,7 @@ from tuner.table.store import PACKAGE_TABLES
 def winners_here(problem: Problem, device_name: str) -> tuple[Config, ...]:
     """Those of the table that serves ``device_name``, measured or predicted, the ones with most entries first."""
     path = find(problem, device_name)
-    return () if path is None else tuple(_winners(path, problem))
+    return () if path is None else tuple(dict.fromkeys(_winners(path, problem)))
 
 
 def winners_elsewhere(problem: Problem, device_name: str) -> tuple[Config, ...]:
@@ -29,7 +29,7 @@ def winners_elsewhere(problem: Problem, device_name: str) -> tuple[Config, ...]:
 
 
 def _winners(path: Path, problem: Problem) -> Iterator[Config]:
-    """Of a table that is damaged, or of an older space, what can be read: no search fails for it."""
+    """None of a table that is damaged or has values of an older space: no search fails for it."""
     try:
         table = read(path, cubins=False)
     except TunerError:

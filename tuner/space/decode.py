@@ -77,12 +77,13 @@ def _has_unaligned_values(config: Config) -> bool:
 
 
 def has_unaligned_fields(config: Config) -> bool:
-    """Whether keys are such fields too."""
+    """Whether keys and values are fields of four bits in staged rows that are aligned to two bytes."""
     return config.problem.layout.key.bits == 4 and _has_unaligned_values(config)
 
 
 def has_rows_alike(config: Config) -> bool:
-    """Whether such values of a warp all begin at the same distance from a word, tokens being whole words apart."""
+    """Whether bulk copies leave rows of 4-bit values aligned to two bytes, and tokens whole words apart: then a warp's
+    rows all begin at the same distance from a word."""
     apart = config["head_warps"] * config.problem.layout.slot_bytes
     return _has_unaligned_values(config) and DecodePlan(config).bulk and apart % 4 == 0
 

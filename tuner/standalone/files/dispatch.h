@@ -26,7 +26,7 @@ struct Kernel {
     int row_floats;  // fp32 values per query head and split, in whole 16 bytes
     int rows;        // other kernels: tokens x heads that a CTA covers (dequantisation: of a block)
     Load load;
-    int alignment;  // of every slot, in bytes
+    int alignment;  // of every slot, in bytes; with bulk copies, of the bytes between tokens
     int slot_bytes;
 };
 
