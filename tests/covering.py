@@ -1,12 +1,17 @@
-"""A matrix of few kernels in which most values of axes meet each other, each format and each head dim."""
+"""Matrices of emulated kernels: each format, head dim and warp count, other axes drawn so that values meet in pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import combinations
+import random
+from collections.abc import Callable, Iterable
+from itertools import combinations, product
 
-from tuner.space import Config, Space
+from tuner.formats import FORMATS, HEAD_DIMS
+from tuner.space import Config, Problem, Space
 from tuner.targets import Target
+
+WARPS = (1, 2, 4, 8, 16)
+DRAWS = 300
 
 Pairs = set[tuple[object, ...]]
 
@@ -25,3 +30,17 @@ def most_new(drawn: Iterable[Config], met: Pairs, space: Space, target: Target) 
             met |= pairs(config)
             return config
     return None
+
+
+def covering(
+    space: Space, target: Target, draw: Callable[[random.Random, Problem, int], Config]
+) -> dict[tuple[str, int], list[Config]]:
+    """Per format and head dim an allowed configuration of each warp count, of one query head per KV head."""
+    rng, met = random.Random(0), Pairs()
+    configs: dict[tuple[str, int], list[Config]] = {}
+    for name, head_dim, warps in product(FORMATS, HEAD_DIMS, WARPS):
+        problem = Problem(space.op, head_dim, 1, name)
+        chosen = most_new((draw(rng, problem, warps) for _ in range(DRAWS)), met, space, target)
+        assert chosen is not None, problem
+        configs.setdefault((name, head_dim), []).append(chosen)
+    return configs

@@ -39,11 +39,7 @@ def rows(case: Case, key: Tensor, value: Tensor) -> None:
 
 @pytest.mark.parametrize(("head_dim", "gqa", "kv_heads"), [(128, 1, 16), (256, 8, 2), (128, 4, 8)])
 @pytest.mark.parametrize("level", ["tiny", "quick", "full"])
-def test_what_tends_to_win_can_read_every_case(
-    level: Level, head_dim: int, gqa: int, kv_heads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By where the caches' rows lie, so nothing is written into them."""
-    monkeypatch.setattr("tuner.reference.cases.store", lambda *_: None)
+def test_what_tends_to_win_can_read_every_case(level: Level, head_dim: int, gqa: int, kv_heads: int) -> None:
     problem = Problem("decode", head_dim, gqa, "turboquant_4bit_nc")
     leads = lead_configs(problem, kv_heads)
     assert any(c["load"].startswith("bulk") for c in leads)

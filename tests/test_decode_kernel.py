@@ -9,7 +9,7 @@ from itertools import product
 
 import pytest
 import torch
-from covering import Pairs, most_new
+from covering import WARPS, Pairs, most_new
 from decode_emulated import check, small_case
 from emulated import emulate_decode
 
@@ -29,7 +29,6 @@ from tuner.table.store import PACKAGE_TABLES
 from tuner.targets import get_target
 
 SPACE = get_space("decode")
-WARPS = (1, 2, 4, 8, 16)
 GROUPS = (4, 1, 8, 5, 16, 2, 6, 7, 3, 12)
 DRAWS = 60
 
@@ -208,28 +207,26 @@ def test_bytes_that_begin_with_two_3_bit_indices(cache_format: str, head_dim: in
     check(config, small_case(config, (100, 16, 0, 33)))
 
 
-@pytest.mark.parametrize("words", ["whole", "whole_adjacent"])
+TURNED: list[tuple[str, int, dict[str, Value]]] = [
+    (FORMAT, 64, {"warps": 2, "math": "fma", "accumulate": "f32"}),
+    (FORMAT, 64, {"warps": 2, "beginning": "prompt"}),
+    (FORMAT, 128, {"warps": 4, "tokens": 32, "lookup": "woven", "query": "paired", "beginning": "prompt"}),
+    (FORMAT, 256, {"warps": 8, "dim_warps": 2, "lookup": "prmt", "schedule": "deal", "reduction": "all"}),
+    (FORMAT, 512, {"warps": 8, "dim_warps": 4, "stages": 1, "reduction": "cluster2", "beginning": "prompt"}),
+    ("turboquant_k3v4_nc", 128, {"warps": 4, "lookup": "woven", "schedule": "deal", "beginning": "prompt"}),
+    ("turboquant_k3v4_nc", 256, {"warps": 4, "dim_warps": 2, "lookup": "table"}),
+]
+WAYS = {FORMAT: ("whole", "whole_adjacent"), "turboquant_k3v4_nc": ("whole",)}
+
+
 @pytest.mark.parametrize(
     ("cache_format", "head_dim", "values"),
-    [
-        (FORMAT, 64, {"warps": 2, "math": "fma", "accumulate": "f32"}),
-        (FORMAT, 64, {"warps": 2, "beginning": "prompt"}),
-        (FORMAT, 128, {"warps": 4, "tokens": 32, "lookup": "woven", "query": "paired", "beginning": "prompt"}),
-        (FORMAT, 256, {"warps": 8, "dim_warps": 2, "lookup": "prmt", "schedule": "deal", "reduction": "all"}),
-        (FORMAT, 512, {"warps": 8, "dim_warps": 4, "stages": 1, "reduction": "cluster2", "beginning": "prompt"}),
-        ("turboquant_k3v4_nc", 128, {"warps": 4, "lookup": "woven", "schedule": "deal", "beginning": "prompt"}),
-        ("turboquant_k3v4_nc", 256, {"warps": 4, "dim_warps": 2, "lookup": "table"}),
-    ],
+    [(name, head_dim, {"words": words, **values}) for name, head_dim, values in TURNED for words in WAYS[name]],
 )
-def test_rows_turned_to_their_first_whole_word(
-    words: str, cache_format: str, head_dim: int, values: dict[str, Value]
-) -> None:
+def test_rows_turned_to_their_first_whole_word(cache_format: str, head_dim: int, values: dict[str, Value]) -> None:
     """Of two heads one has keys, the other values that begin in the middle of a word."""
-    config = default_config(Problem("decode", head_dim, 3, cache_format))
-    config = config.with_(load="bulk", head_warps=2, words=words, **values)
-    if words == "whole_adjacent" and not has_unaligned_fields(config):
-        assert "adjacent_words" in [c.name for c in SPACE.refusals(config, get_target("sm_90"))]
-        return
+    config = default_config(Problem("decode", head_dim, 3, cache_format)).with_(load="bulk", head_warps=2, **values)
+    assert not SPACE.refusals(config, get_target("sm_90"))
     case = synthetic_cache(config.problem.layout, (333, 0, 1, 64), q_heads=6, kv_heads=2)
     check(config, case, splits=3)
 

@@ -6,14 +6,13 @@ import random
 import shutil
 from dataclasses import replace
 from functools import cache
-from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
 import emulated
 import pytest
 import torch
-from covering import Pairs, most_new
+from covering import covering
 from emulated import emulate_dequant, needs_gxx
 from emulated_sources import skip_without_thread_sanitizer
 from odd_caches import restride
@@ -29,12 +28,8 @@ from tuner.targets import get_target
 
 TARGET = get_target("sm_121")
 SPACE = get_space("dequant")
-WARPS = (1, 2, 4, 8, 16)
 UNTOUCHED = 0x7FC5
 """A bf16 NaN that no kernel produces."""
-
-
-DRAWS = 300
 
 
 def draw(rng: random.Random, problem: Problem, warps: int) -> Config:
@@ -47,18 +42,7 @@ def draw(rng: random.Random, problem: Problem, warps: int) -> Config:
 
 @cache
 def matrix() -> dict[tuple[str, int], list[Config]]:
-    """An allowed configuration per format, head dim and warp count; the other axes drawn so that values meet in pairs.
-
-    Of many draws the one is taken that brings most pairs of values together that have not met yet.
-    """
-    rng, met = random.Random(0), Pairs()
-    configs: dict[tuple[str, int], list[Config]] = {}
-    for name, head_dim, warps in product(FORMATS, HEAD_DIMS, WARPS):
-        problem = Problem("dequant", head_dim, 1, name)
-        chosen = most_new((draw(rng, problem, warps) for _ in range(DRAWS)), met, SPACE, TARGET)
-        assert chosen is not None, problem
-        configs.setdefault((name, head_dim), []).append(chosen)
-    return configs
+    return covering(SPACE, TARGET, draw)
 
 
 @cache

@@ -300,8 +300,7 @@ int main() {
 
 
 def test_every_kernel_is_run_on_a_cache_that_it_reads(project: Path, tmp_path: Path) -> None:
-    """A bulk copy of half of the heads of a token reads caches with heads before tokens only; whole words, those with
-    tokens before heads."""
+    """Bulk copies of half of a token's heads read heads before tokens only, whole words only tokens before heads."""
     (tmp_path / "orders.cu").write_text(_ORDERS)
     objects = [str(p) for p in (project / "build").rglob("src/sm_90/*.o")]
     sources = [str(tmp_path / "orders.cu"), "src/dispatch.cu", *(f"src/{op}.cu" for op in OPS)]
@@ -310,11 +309,9 @@ def test_every_kernel_is_run_on_a_cache_that_it_reads(project: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     done = shell(str(tmp_path / "orders"), cwd=project)
     found = {name: reads for name, *reads in map(str.split, done.stdout.splitlines())}
-    token_major, head_major = ["1", "1", "0", "0"], ["0", "0", "1", "1"]
-    both = ["1"] * 4
-    kernels = (f"decode_d128_g4_4bit_nc_{letter}" for letter in "abcdefgh")
+    token_major, head_major, both = list("1100"), list("0011"), list("1111")
     reads = (both, head_major, both, both, token_major, both, both, token_major)
-    assert found == dict(zip(kernels, reads, strict=True))
+    assert found == {f"decode_d128_g4_4bit_nc_{n}": r for n, r in zip("abcdefgh", reads, strict=True)}
 
 
 # --- the reference in C++ ---------------------------------------------------------------------------------------------

@@ -6,11 +6,10 @@ import random
 import shutil
 from dataclasses import replace
 from functools import cache
-from itertools import product
 
 import pytest
 import torch
-from covering import Pairs, most_new
+from covering import covering
 from emulated import emulate_store, needs_gxx
 from store_emulated import JOINT, RUN_STORES, STORES, check, compiled, problem_config, small_case, twin
 
@@ -28,12 +27,8 @@ from tuner.targets import get_target
 
 TARGET = get_target("sm_90")
 SPACE = get_space("store")
-WARPS = (1, 2, 4, 8, 16)
 RUN_STORES_OF = {64: RUN_STORES[2:], 128: RUN_STORES, 256: RUN_STORES[:1], 512: RUN_STORES[1:2]}
 """What rotations are tested with: all at one head dim, and each at one of the others."""
-
-
-DRAWS = 300
 
 
 def draw(rng: random.Random, problem: Problem, warps: int) -> Config:
@@ -55,18 +50,7 @@ def draw(rng: random.Random, problem: Problem, warps: int) -> Config:
 
 @cache
 def matrix() -> dict[tuple[str, int], list[Config]]:
-    """An allowed configuration per format, head dim and warp count; the other axes drawn so that values meet in pairs.
-
-    Of many draws the one is taken that brings most pairs of values together that have not met yet.
-    """
-    rng, met = random.Random(0), Pairs()
-    configs: dict[tuple[str, int], list[Config]] = {}
-    for name, head_dim, warps in product(FORMATS, HEAD_DIMS, WARPS):
-        problem = Problem("store", head_dim, 1, name)
-        chosen = most_new((draw(rng, problem, warps) for _ in range(DRAWS)), met, SPACE, TARGET)
-        assert chosen is not None, problem
-        configs.setdefault((name, head_dim), []).append(chosen)
-    return configs
+    return covering(SPACE, TARGET, draw)
 
 
 def test_matrix_reaches_every_axis_value() -> None:

@@ -14,8 +14,8 @@ bool multiples(int of, const long long *values, int count) {
     return true;
 }
 
-// What one bulk copy moves must lie side by side and start at a multiple of 16 bytes: 16 tokens, or the CTA's heads of one. Kernels that
-// read whole words want tokens a multiple of so many bytes apart.
+// What one bulk copy moves must lie side by side and start at a multiple of 16 bytes: 16 tokens, or the CTA's heads of one. The
+// bytes between tokens are a multiple of the kernel's alignment.
 bool bulk_reads(const Kernel &kernel, const wph_decode_params &p, long long address) {
     if (p.kv_heads % kernel.head_warps) return false;
     const long long run = static_cast<long long>(kernel.head_warps) * kernel.slot_bytes;
