@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from tuner.space.core import Config
 from tuner.space.dequant import shape
-from tuner.space.plan import GROUP_TOKENS, DecodePlan
+from tuner.space.plan import DecodePlan
 from tuner.space.store import shape as store_shape
+from tuner.space.traits import GROUP_TOKENS
 from tuner.targets import Target
 
 

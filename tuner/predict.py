@@ -15,7 +15,8 @@ from tuner.pipes import Cycles, cost
 from tuner.sass import Loop, SassFacts, count
 from tuner.space import Config
 from tuner.space.banks import token_pitch, word_reads
-from tuner.space.plan import GROUP_TOKENS, DecodePlan
+from tuner.space.plan import DecodePlan
+from tuner.space.traits import GROUP_TOKENS
 from tuner.targets import Target
 from tuner.workload import Bucket, Shape
 from tuner.workload.core import cache_bytes

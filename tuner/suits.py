@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from tuner.space import Config
 from tuner.space.decode import direct_variant
-from tuner.space.plan import GROUP_TOKENS, DecodePlan
+from tuner.space.plan import DecodePlan
+from tuner.space.traits import GROUP_TOKENS
 
 
 @dataclass(frozen=True)

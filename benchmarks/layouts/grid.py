@@ -13,7 +13,8 @@ from tuner.search.evaluate import Candidate
 from tuner.space import Config, Problem, default_config
 from tuner.space.core import Value
 from tuner.space.dequant import shape as cover_of
-from tuner.space.plan import GROUP_TOKENS, DecodePlan
+from tuner.space.plan import DecodePlan
+from tuner.space.traits import GROUP_TOKENS
 from tuner.targets import Target
 from tuner.workload import Bucket, Shape, default_shape
 
