@@ -284,6 +284,9 @@ WPH_DEVICE void cp_async(void *shared, const void *global, int valid, WPH_LINE) 
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
     wph::copy_async(shared, global, BYTES, valid, line, __builtin_return_address(0));
 }
+WPH_DEVICE void copy_ahead(void *shared, const void *global, WPH_LINE) {
+    wph::copy_async(shared, global, 16, 16, line, __builtin_return_address(0));
+}
 WPH_DEVICE void cp_async_commit() { wph::copy_commit(); }
 template <int PENDING>
 WPH_DEVICE void cp_async_wait() { wph::copy_wait(PENDING); }

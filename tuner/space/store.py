@@ -265,7 +265,7 @@ def _leads(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     ahead = run | {"store": "ahead", "sides": "copied"}
     copied = [
         _config(problem, chunks=widest, rows=r, passes=n, min_ctas=m, **ahead)
-        for r, n, m in ((2, 2, 4), (1, 4, 4), (1, 3, 6), (1, 2, 6))
+        for r, n, m in ((2, 2, 4), (1, 4, 4), (1, 3, 6), (1, 2, 6), (1, 2, 4), (1, 1, 4))
     ]
     if wide == 2:
         copied.append(_config(problem, chunks=wide, passes=4, min_ctas=8, **ahead | {"transform": "tensor"}))
