@@ -147,6 +147,9 @@ STORING = CLUSTERED.with_(beginning="prompt")
 TURNS = decode(FORMAT, 128, 1, load="bulk", head_warps=4, lookup="spread", schedule="deal", beginning="prompt")
 # turboquant_seed at head dim 512 with cp_async is left out: for coefficients that are not stored it reads levels from
 # staging that is still being filled. That is a race, and a harmless one, since they meet queries of zero.
+BORROWS = decode(FORMAT, 128, 8, load="bulk", head_warps=2, dim_warps=2, tokens=32, query="borrowed").with_(
+    schedule="deal", beginning="prompt"
+)
 KERNELS = [
     COPIES,
     decode(FORMAT, 256, 8, dim_warps=2, tokens=32, stages=1, lookup="spread", schedule="stream", reduction="tree"),
@@ -170,6 +173,7 @@ KERNELS = [
     ),
     decode(FORMAT, 128, 4, lookup="woven", query="paired", words="adjacent", schedule="deal", reduction="all"),
     decode(FORMAT, 128, 4, lookup="woven", query="paired", schedule="deal", reduction="all", beginning="prompt"),
+    BORROWS,
 ]
 
 
@@ -256,6 +260,7 @@ MUTATIONS = [
     (BULK, r"()if \(use >= STAGES\) mbarrier_wait\(empty_barrier\(.*\);", "shared memory", "bulk_copy("),
     (BULK, r"()sync_warp\(\);(?=\s*if \(lane == 0\) mbarrier_arrive)", "shared memory", "bulk_copy("),
     (TURNS, r"()if \(use >= STAGES\) mbarrier_wait\(empty_barrier\(.*\);", "shared memory", "bulk_copy("),
+    (BORROWS, r"(fence_async_proxy\(\);\s*)sync_cta\(\);(?=\s*pipeline.ask)", "shared memory", "bulk_copy("),
 ]
 
 

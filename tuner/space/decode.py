@@ -17,7 +17,11 @@ AXES = (
     Axis("load_bytes", (16, 8, 4), "width of one asynchronous copy"),
     Axis("stages", (2, 1, 3, 4), "steps in flight per warp"),
     Axis("tokens", (16, 32, 64), "tokens that a warp takes per softmax step"),
-    Axis("query", ("shared", "registers", "paired", "joined"), "where the query waits and where its halves meet"),
+    Axis(
+        "query",
+        ("shared", "registers", "paired", "joined", "borrowed"),
+        "where the query waits and where its halves meet; borrowed: in registers, filed where a stage will be",
+    ),
     Axis("accumulate", ("f32", "f16x2", "precise"), "innermost sums: fp32 or halves (fma), precise (mma)"),
     Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
     Axis(
@@ -45,6 +49,7 @@ AXES = (
         "clusters store their sums, mbarriers are opened meanwhile",
         absent="ordered",
     ),
+    Axis("lead", (4, 8, 12), "steps that a request's beginning counts as, where CTAs share requests out", absent=4),
 )
 
 REGISTER_LIMIT = 255
@@ -59,7 +64,7 @@ def register_estimate(config: Config) -> int:
     if config["math"] == "mma":
         sums = (plan.slice_dims // 16 + outliers) * plan.head_tiles * 4
         scores = plan.tiles * plan.head_tiles * 4 * (2 if outliers else 1)
-        held = 4 * plan.head_tiles * (plan.key_steps + outliers) if config["query"] == "registers" else 0
+        held = 4 * plan.head_tiles * (plan.key_steps + outliers) if plan.holds_query else 0
         state = 8 * plan.head_tiles
     else:
         sums = (plan.slice_dims // 8 + 2 * outliers) * gqa
@@ -89,7 +94,12 @@ def has_rows_alike(config: Config) -> bool:
 
 
 def _overfills_gaps(plan: DecodePlan) -> bool:
-    return 2 * plan.query_bytes > plan.lookup_bytes
+    return plan.woven and 2 * plan.query_bytes > plan.lookup_bytes
+
+
+def _lends(config: Config) -> bool:
+    plan = DecodePlan(config)
+    return plan.bulk and plan.teams == 1 and config["stages"] > 1 and plan.query_bytes <= plan.stage_bytes
 
 
 def _registers_available(config: Config, target: Target) -> int:
@@ -121,6 +131,11 @@ CONSTRAINTS = (
         "woven_query",
         "tensor-core fragments of the query must fill no more than the woven table's gaps",
         lambda c, _: c["lookup"] == "woven" and (c["math"] != "mma" or _overfills_gaps(DecodePlan(c))),
+    ),
+    Constraint(
+        "borrowed_query",
+        "a stage of bulk copies lends its place where all warps share it, others come before it, and the query fits it",
+        lambda c, _: c["query"] == "borrowed" and not _lends(c),
     ),
     Constraint(
         "adjacent_words",
@@ -164,6 +179,11 @@ CONSTRAINTS = (
         lambda c, _: DecodePlan(c).cluster > 1 and c["schedule"] != "grid",
     ),
     Constraint(
+        "idle_lead",
+        "beginnings count where a persistent grid deals requests out by equal quotas, promptly",
+        lambda c, _: c["lead"] != 4 and not (DecodePlan(c).shares and DecodePlan(c).prompt),
+    ),
+    Constraint(
         "waiting_ctas",
         "a CTA waits for the others' splits where it knows that nothing else is left for it",
         lambda c, _: c["reduction"] == "all" and c["schedule"] not in ("grid", "deal"),
@@ -171,7 +191,7 @@ CONSTRAINTS = (
     Constraint(
         "held_query",
         "tensor-core fragments alone fit in registers, or have halves whose products could meet in one sum",
-        lambda c, _: c["query"] in ("registers", "joined") and c["math"] != "mma",
+        lambda c, _: c["query"] in ("registers", "joined", "borrowed") and c["math"] != "mma",
     ),
     Constraint(
         "paired_query",
@@ -260,6 +280,11 @@ def _bulk(problem: Problem, kv_heads: int, most: int) -> dict[str, Value]:
     return {"load": "bulk_rows", "head_warps": max(parts, default=kv_heads)}
 
 
+def _lead(coefficients: int) -> int:
+    """Steps that beginning and ending a span took the time of, for so many coefficients of a CTA's query heads."""
+    return 4 if coefficients < 6144 else 8 if coefficients < 16384 else 12
+
+
 def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     """What won before, scaled to the problem, with what came later beside it.
 
@@ -281,20 +306,31 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     small = [alone | {"warps": 8, "stages": stages, "lookup": lookup} for stages, lookup in lookups]
     # Two tiles of query heads leave registers for whole rows where the query's halves meet in one sum.
     query = "paired" if problem.gqa <= 4 else "joined" if problem.gqa > 8 else "shared"
+    # One tile leaves them for the query too, at eight warps; two stages of rows of 512 leave it no other place.
+    eight: dict[str, Value] = {"warps": 8, "lookup": woven}
+    sixteen: dict[str, Value] = {"warps": 16, "lookup": woven}
+    if query == "shared":
+        eight |= (
+            {"query": "borrowed", "dim_warps": 2 * dims} if problem.layout.block_d > 256 else {"query": "registers"}
+        )
+        sixteen |= {"query": "joined"}
     beginning = "ordered" if problem.layout.format.has_signs else "prompt"
     lean: dict[str, Value] = {"tail": "apart", "query": query, "beginning": beginning}
     dealt = bulk | lean | {"schedule": "deal"}
+    if beginning == "prompt":
+        dealt["lead"] = _lead(int(dealt["head_warps"]) * problem.gqa * problem.layout.block_d)
     whole = dealt | {"tokens": 32, "dim_warps": 1 if problem.layout.block_d <= 256 else dims}
     halves: dict[str, Value] = {"warps": 8, "dim_warps": 2 * dims, "lookup": spread}
-    split, split_whole = dealt | {"schedule": "grid"}, whole | {"schedule": "grid"}
+    even: dict[str, Value] = {"schedule": "grid", "lead": 4}
+    split, split_whole = dealt | even, whole | even
     wanted = (
-        whole | {"warps": 16, "lookup": woven},
-        whole | {"warps": 16, "lookup": woven, "reduction": "all"},
-        split_whole | {"warps": 16, "lookup": woven, "reduction": "all"},
-        split_whole | {"warps": 16, "lookup": woven, "reduction": "cluster2"},
-        whole | {"warps": 8, "lookup": woven, "reduction": "all"},
-        split_whole | {"warps": 8, "lookup": woven, "reduction": "all"},
-        split_whole | {"warps": 8, "lookup": woven, "reduction": "cluster2"},
+        whole | sixteen,
+        whole | sixteen | {"reduction": "all"},
+        split_whole | sixteen | {"reduction": "all"},
+        split_whole | sixteen | {"reduction": "cluster2"},
+        whole | eight | {"reduction": "all"},
+        split_whole | eight | {"reduction": "all"},
+        split_whole | eight | {"reduction": "cluster2"},
         dealt | {"warps": 8, "lookup": spread},
         dealt | {"warps": 8, "lookup": spread, "reduction": "all"},
         dealt | halves,
@@ -312,13 +348,13 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         alone | lean | {"warps": 8, "lookup": spread},
         alone | lean | {"warps": 8, "stages": 4, "lookup": spread, "reduction": "cluster2"},
         sliced | lean | {"stages": 4, "lookup": spread, "reduction": "cluster2"},
-        whole | {"warps": 16, "lookup": woven, "schedule": "stream"},
-        whole | {"warps": 8, "lookup": woven},
-        split_whole | {"warps": 8, "lookup": spread, "reduction": "cluster2"},
-        whole | {"warps": 16, "lookup": woven, "reduction": "kernel"},
-        whole | {"warps": 8, "lookup": woven, "reduction": "tree"},
-        whole | {"warps": 8, "lookup": spread, "reduction": "tree"},
-        whole | {"warps": 16, "lookup": woven} | _bulk(problem, kv_heads, 16),
+        whole | sixteen | {"schedule": "stream", "lead": 4},
+        whole | eight,
+        split_whole | eight | {"lookup": spread, "reduction": "cluster2"},
+        whole | sixteen | {"reduction": "kernel"},
+        whole | eight | {"reduction": "tree"},
+        whole | eight | {"lookup": spread, "reduction": "tree"},
+        whole | sixteen | _bulk(problem, kv_heads, 16),
         dealt | {"warps": 8, "tokens": 32, "lookup": spread},
         alone | lean | {"warps": 16, "lookup": spread},
         sliced | lean | {"stages": 4, "lookup": spread, "reduction": "cluster4"},
@@ -330,7 +366,7 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         alone | {"warps": 8, "lookup": spread},
         alone | {"warps": 8, "stages": 4, "lookup": spread, "reduction": "cluster2"},
         dealt | {"warps": 16, "lookup": woven},
-        whole | {"warps": 8, "lookup": woven, "schedule": "stream"},
+        whole | eight | {"schedule": "stream", "lead": 4},
         alone | lean | {"warps": 8, "stages": 4, "lookup": spread, "reduction": "tree"},
         alone | lean | {"warps": 4, "lookup": replicated, "stages": 4, "min_ctas": 2, "schedule": "deal"},
         alone | lean | {"warps": 16, "dim_warps": 4 * dims, "reduction": "tree"},

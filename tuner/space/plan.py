@@ -43,6 +43,11 @@ class DecodePlan(DecodeTraits):
     @property
     def woven(self) -> bool:
         """The query lies between the entries of the lookup table."""
+        return self.floats and not self.borrows
+
+    @property
+    def floats(self) -> bool:
+        """The lookup table may lie anywhere: what reads it adds its address."""
         return self.query_gap > 0
 
     @property
@@ -122,6 +127,11 @@ class DecodePlan(DecodeTraits):
         """Query fragments: per KV head, k-step and place of a query head in a tile four times four coefficients of four
         bytes, what halves hold of them and what they leave."""
         return self.config["head_warps"] * self.head_tiles * self.query_steps * self.tile_heads * 4 * 16
+
+    @property
+    def query_room(self) -> int:
+        """What they take where staging does not lend it."""
+        return 0 if self.borrows else self.query_bytes
 
     @cached_property
     def multiplier_bytes(self) -> int:

@@ -31,7 +31,7 @@ class Regions(NamedTuple):
     lookup_bytes: int
     stage_bytes: int
     stage_count: int
-    query_bytes: int
+    query_room: int
     query_gap: int
     merge_bytes: int
 
@@ -89,7 +89,7 @@ def _layout(
         query = lookup + regions.query_gap
     else:
         query = runs[0] if query_before else after + runs[1]
-        runs[0 if query_before else 1] += round_up(regions.query_bytes, 128)
+        runs[0 if query_before else 1] += round_up(regions.query_room, 128)
     behind = runs[1] >= runs[0]
     runs[behind] = max(runs[behind], round_up(regions.merge_bytes, 128))
     if runs[0] > lookup:

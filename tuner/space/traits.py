@@ -55,6 +55,16 @@ class DecodeTraits:
         return bool(self.config["query"] == "paired")
 
     @property
+    def holds_query(self) -> bool:
+        """Each warp keeps the query's fragments in registers."""
+        return self.config["query"] in ("registers", "borrowed")
+
+    @property
+    def borrows(self) -> bool:
+        """The query is filed where a stage will lie, whose tokens are asked for once all warps hold it."""
+        return bool(self.config["query"] == "borrowed")
+
+    @property
     def tile_heads(self) -> int:
         """Query heads of a tile."""
         return 4 if self.paired else 8
@@ -217,8 +227,10 @@ class DecodeTraits:
     branch = 8
     """Contributions to a request that one CTA adds up where ``reduction`` is "tree"."""
 
-    beginning_steps = 4
-    """Steps that beginning and ending a span are taken to last: a cautious estimate, since 6 were seen at 32 x 4k."""
+    @property
+    def beginning_steps(self) -> int:
+        """Steps that beginning and ending a span are taken to last."""
+        return int(self.config["lead"])
 
     @property
     def send_slices(self) -> int:
