@@ -160,29 +160,6 @@ def test_any_number_of_splits(config: Config, splits: int) -> None:
     check(config, small_case(config, lengths), splits, seed=splits, concurrent_ctas=1 + splits % 4)
 
 
-LEAN: dict[str, Value] = {"tail": "apart", "beginning": "prompt"}
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "gqa", "how"),
-    [
-        (128, 8, LEAN | {"schedule": "grid", "reduction": "all", "words": "whole"}),
-        (128, 6, LEAN | {"schedule": "deal", "lead": 8, "stages": 3, "words": "whole_adjacent"}),
-        (128, 16, {"schedule": "share", "head_warps": 4, "warps": 8, "tokens": 64, "lookup": "table"}),
-        (128, 8, LEAN | {"schedule": "stream", "load": "bulk_rows", "head_warps": 8, "warps": 16}),
-        (256, 5, LEAN | {"schedule": "grid", "reduction": "cluster4", "lookup": "prmt"}),
-    ],
-)
-@pytest.mark.parametrize("splits", [2, 3, 13])
-def test_a_query_that_borrows_a_stage(head_dim: int, gqa: int, how: dict[str, Value], splits: int) -> None:
-    """Spans of odd and even numbers of steps, so that stages change places, and of none at all."""
-    layout: dict[str, Value] = {"warps": 4, "head_warps": 2, "dim_warps": 2, "load": "bulk", "tokens": 32}
-    config = default_config(Problem("decode", head_dim, gqa, FORMAT)).with_(query="borrowed", lookup="woven", **layout)
-    config = config.with_(**how)
-    assert not SPACE.refusals(config, get_target("sm_90"))
-    check(config, small_case(config, (333, 0, 1, 64, 150, 33)), splits, seed=splits, concurrent_ctas=1 + splits % 4)
-
-
 def test_pieces_of_many_requests_are_counted_exactly() -> None:
     """149 requests of 3 groups and one of 25: 156 CTAs have a piece each, of four groups at most. With one piece more
     quotas would have cut the last request elsewhere, which its sums would show."""

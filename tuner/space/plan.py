@@ -52,7 +52,7 @@ class DecodePlan(DecodeTraits):
 
     @property
     def query_gap(self) -> int:
-        """Where in a woven lookup table its first gap begins, and with it the query; 0: the query lies elsewhere."""
+        """Where in a woven lookup table its first gap begins, and with it a query that lies there; 0: no gaps."""
         return self.lookup_stride // 2 if self.config["lookup"] == "woven" else 0
 
     @cached_property
@@ -130,7 +130,7 @@ class DecodePlan(DecodeTraits):
 
     @property
     def query_room(self) -> int:
-        """What they take where staging does not lend it."""
+        """What they take of a region of their own: nothing where a stage lends its place."""
         return 0 if self.borrows else self.query_bytes
 
     @cached_property
