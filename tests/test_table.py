@@ -29,12 +29,14 @@ from tuner.table import (
     kernel_id,
     lookup,
     merge,
+    mixes_lengths,
     read,
     read_cubin,
     verify,
     write,
 )
 from tuner.table.schema import to_json
+from tuner.workload import Bucket
 
 PROBLEM = Problem("decode", 256, 16, "turboquant_4bit_nc")
 CUBINS = (b"\x7fELF first cubin", b"\x7fELF second cubin")
@@ -298,8 +300,25 @@ def test_lookup_by_batch_and_context() -> None:
     assert lookup(table, 8, 131072) == Choice(K1.id, 14)
     assert lookup(table, 8, 131073) == lookup(table, 8), "far outside: the choice that is valid for every context"
     assert lookup(table, 8, 500) == lookup(table, 8)
-    assert lookup(table, 8, 60000, ragged=True) == Choice(K0.id, 17)
-    assert lookup(table, 64, 60000, ragged=True) == lookup(table, 64), "no ragged bucket near: valid for every context"
+
+
+def test_lookup_of_ragged_batches() -> None:
+    """The bucket's longest request has 44376 tokens, the 15/16 quantile of those up to 65536."""
+    table = make_table()
+    for context in (22188, 44376, 60000, 88752):
+        assert lookup(table, 8, context, ragged=True) == Choice(K0.id, 17)
+    for batch, context in ((8, 22187), (8, 88753), (64, 60000)):
+        assert lookup(table, batch, context, ragged=True) == lookup(table, batch, context), "no ragged bucket near"
+    assert lookup(table, 8, ragged=True) == lookup(table, 8)
+
+
+def test_what_the_host_knows_tells_ragged_batches() -> None:
+    assert mixes_lengths(4, 1000, 2000) and not mixes_lengths(4, 1000, 2001)
+    assert not mixes_lengths(1, 1000, 1000)
+    assert not mixes_lengths(4, None, 10) and not mixes_lengths(4, 1000, None)
+    for batch in (4, 8, 128):
+        ragged = Bucket(batch, 65536, ragged=True)
+        assert ragged.longest == max(ragged.lengths()) and mixes_lengths(batch, ragged.longest, ragged.tokens)
 
 
 def test_lookup_scales_by_kv_heads() -> None:

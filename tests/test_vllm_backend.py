@@ -35,12 +35,12 @@ TOLERANCE = 5e-3
 
 
 class EmulatedLayer(Layer):
-    """Launches on the CPU emulator; ``calls`` lists the batch sizes that came through, ``contexts`` the longest."""
+    """Launches on the CPU emulator; ``calls`` lists the batch sizes that came, ``known`` their longest and sum."""
 
     def __init__(self, facts: LayerFacts) -> None:
         super().__init__(facts)
         self.calls: list[int] = []
-        self.contexts: list[int | None] = []
+        self.known: list[tuple[int | None, int | None]] = []
 
     def decode(
         self,
@@ -50,11 +50,12 @@ class EmulatedLayer(Layer):
         seq_lens: torch.Tensor,
         centroids: torch.Tensor,
         context: int | None,
+        tokens: int | None = None,
     ) -> torch.Tensor | None:
         if self.reason is not None:
             return None
         self.calls.append(query.shape[0])
-        self.contexts.append(context)
+        self.known.append((context, tokens))
         codec = Codec(self.facts.problem.layout, centroids, None, None)
         case = Case(query, kv_cache, block_table, seq_lens, self.facts.scale, codec)
         return emulate_decode(default_config(self.facts.problem), case)
@@ -141,9 +142,14 @@ def test_decode_batch_goes_through_our_kernel_and_into_the_output() -> None:
     query = torch.randn(3, HEADS * DIM).bfloat16()
     owner = SimpleNamespace()
     output = torch.zeros(3, HEADS * DIM, dtype=torch.bfloat16)
-    impl.forward(owner, query, query, query, cache, metadata(lengths, table, [1, 1, 1], 3), output)
+    step = metadata(lengths, table, [1, 1, 1], 3)
+    impl.forward(owner, query, query, query, cache, step, output)
     expected = attend(query.view(3, HEADS, DIM), cache, table, lengths, impl.scale, codec)
-    assert layer.calls == [3] and layer.contexts == [80]
+    assert layer.calls == [3] and layer.known == [(80, 118)]
+    lengths += 1  # not looked at again by another layer of the step
+    assert backend._tokens(step, 3) == 118 and backend._tokens(step, 2) == 40
+    assert backend._tokens(SimpleNamespace(), 3) is None, "versions that leave no lengths on the host"
+    lengths -= 1
     assert torch.equal(owner._tq_centroids, codec.centroids)
     assert error(output.view(3, HEADS, DIM), expected) <= TOLERANCE
 

@@ -153,6 +153,22 @@ def test_graphs_go_by_batch_and_eager_calls_by_batch_and_context(folder: Path) -
     assert chooser.choose(8, None, 32768, ORDER) is graph
 
 
+def test_a_batch_of_unequal_requests_gets_what_serves_those_where_all_are_known(folder: Path) -> None:
+    plain = table()
+    even = plain.by_batch_and_context[-1]
+    unequal = replace(even, splits=130, timing=replace(even.timing, ragged=True))
+    write_table(folder, replace(plain, by_batch_and_context=(*plain.by_batch_and_context, unequal)))
+    chooser, longest = dispatch(), unequal.longest
+    tokens = (None, 2 * even.batch * longest // 3, even.batch * longest // 2)
+    chosen = [chooser.choose(even.batch, longest, 32768, ORDER, known) for known in tokens]
+    assert [c.splits for c in chosen if isinstance(c, Chosen)] == [even.splits, even.splits, 130]
+    floats, _ = chooser.requirement(even.batch, 32768)
+    config = chosen[-1].kernel.config  # type: ignore[union-attr]
+    assert floats >= decode_scratch(config, batch=even.batch, kv_heads=8, splits=130).partial_floats
+    graph = chooser.choose(even.batch, None, 32768, ORDER, 1)
+    assert graph == chooser.choose(even.batch, None, 32768, ORDER), "a graph is replayed for others"
+
+
 def test_far_from_the_tuned_range_the_default_runs(folder: Path) -> None:
     write_table(folder)
     write_defaults(folder)
@@ -163,9 +179,10 @@ def test_far_from_the_tuned_range_and_without_a_default_the_nearest_kernel_runs(
     write_table(folder)
     chosen = chosen_by(dispatch(), 64)
     assert "in another's place" in chosen.origin and chosen.kernel.config == K_FAST.config(PROBLEM)
-    assert chosen.splits == split_candidates(
-        CONFIG, registers=128, batch=64, kv_heads=8, max_context=32768, target=TARGET
-    )[0]
+    assert (
+        chosen.splits
+        == split_candidates(CONFIG, registers=128, batch=64, kv_heads=8, max_context=32768, target=TARGET)[0]
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

@@ -17,7 +17,7 @@ from tuner.measure import FIRST_STEP, Contestant, Failure, Measurer, Race
 from tuner.render import render
 from tuner.search.evaluate import limit_us
 from tuner.space import Config, Problem, default_config
-from tuner.table import Table, find, lookup, read, read_cubin
+from tuner.table import Table, find, lookup, mixes_lengths, read, read_cubin
 from tuner.targets import Target
 from tuner.workload import Bucket, Shape, Workload
 
@@ -173,13 +173,20 @@ def our_kernel(
 
 
 def table_kernel(
-    path: Path, table: Table, *, batch: int, context: int | None, kv_heads: int, name: str = OURS
+    path: Path,
+    table: Table,
+    *,
+    batch: int,
+    context: int | None,
+    kv_heads: int,
+    tokens: int | None = None,
+    name: str = OURS,
 ) -> Contestant | None:
     """What ``table``, read from ``path``, names for a call; None far from what it covers.
 
     Raises TableError for a cubin with another hash than the table's.
     """
-    choice = lookup(table, batch, context, kv_heads=kv_heads)
+    choice = lookup(table, batch, context, kv_heads=kv_heads, ragged=mixes_lengths(batch, context, tokens))
     if choice is None:
         return None
     read_cubin(path, table, choice.kernel)

@@ -13,7 +13,7 @@ from tuner.geometry import split_candidates
 from tuner.launch import LoadedKernel
 from tuner.space import Config, Problem, default_config
 from tuner.suits import CacheOrder, refusal, suited
-from tuner.table import Choice, Table, find, lookup, read, read_cubin, substitute, table_file_name
+from tuner.table import Choice, Table, find, lookup, mixes_lengths, read, read_cubin, substitute, table_file_name
 from tuner.targets import Target, attached, get_target
 
 
@@ -45,10 +45,12 @@ class Tables:
         batch: int,
         kv_heads: int,
         context: int | None = None,
+        tokens: int | None = None,
         longest: int = 1,
         order: CacheOrder | None = None,
     ) -> Selection | None:
-        """The table's choice; ``context`` None asks for the one that is valid for every length.
+        """The table's choice; ``context`` None asks for the one that is valid for every length. ``tokens``: of all
+        requests together, where they are known.
 
         Where its kernel cannot read a cache of ``order``, another kernel of the table, with splits for requests of up
         to ``context``, else ``longest`` tokens. None without a table, far from what it covers, or where none can.
@@ -57,7 +59,7 @@ class Tables:
         if found is None:
             return None
         path, table = found
-        choice = lookup(table, batch, context, kv_heads=kv_heads)
+        choice = lookup(table, batch, context, kv_heads=kv_heads, ragged=mixes_lengths(batch, context, tokens))
         if choice is None:
             return None
         kernel = self._load(path, table, choice)

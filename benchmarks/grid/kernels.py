@@ -48,7 +48,7 @@ class Kernels:
         if point.op == "dequant":  # the API does not look at contexts there
             own = replace(graph, name=OURS) if graph else None
         else:
-            own = self._chosen(found, point, OURS, point.bucket.context)
+            own = self._chosen(found, point, OURS, point.bucket.longest)
         if own is None:
             return self._default(point)
         differs = point.op == "decode" and graph and (graph.cubin, graph.splits) != (own.cubin, own.splits)
@@ -95,7 +95,9 @@ class Kernels:
     ) -> Contestant | None:
         if found is None:
             return None
-        return table_kernel(*found, batch=point.bucket.batch, context=context, kv_heads=point.shape.kv_heads, name=name)
+        b = point.bucket
+        call = {"batch": b.batch, "context": context, "tokens": b.tokens, "kv_heads": point.shape.kv_heads}
+        return table_kernel(*found, **call, name=name)
 
     def _default(self, point: Point) -> Ours:
         problem = problem_of(point)

@@ -24,7 +24,7 @@ _BLOCK_SIZE, _MAX_BLOCKS = 48, 100
 def points(table: Table, kernels: list[StandaloneKernel]) -> list[str]:
     """C++ initialisers {call, expected} for calls on, between and beyond the buckets of ``table``."""
     batches = sorted({e.batch for e in table.by_batch})
-    contexts = sorted({e.timing.context for e in table.by_batch_and_context} or {4096})
+    contexts = sorted({e.longest for e in table.by_batch_and_context} or {4096})
     asked_batches = dict.fromkeys((batches[0], 3 * batches[0], batches[-1], int(CUT_OFF * batches[-1]) + 1))
     asked_contexts = dict.fromkeys((0, contexts[0], 3 * contexts[0], 3 * contexts[-1] // 4, 3 * contexts[-1]))
     by_id = {k.kernel.id: k for k in kernels}

@@ -143,7 +143,7 @@ def _table(
     group = f", {p.gqa} query heads per KV head" if p.op == "decode" else ""
 
     def choice(entry: BatchEntry | BucketEntry) -> tuple[int, ...]:
-        context, ragged = (entry.timing.context, entry.timing.ragged) if isinstance(entry, BucketEntry) else (0, False)
+        context, ragged = (entry.longest, entry.timing.ragged) if isinstance(entry, BucketEntry) else (0, False)
         return entry.batch, context, int(ragged), numbers[entry.kernel], entry.splits
 
     how = "Timed on" if table.evidence == "measured" else "Predicted by a static model and never timed, for"

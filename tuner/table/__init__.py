@@ -1,6 +1,6 @@
 """The dispatch table: schema, selection, lookup, reading and writing."""
 
-from tuner.table.lookup import CUT_OFF, Choice, Explanation, explain, lookup
+from tuner.table.lookup import CUT_OFF, Choice, Explanation, explain, lookup, mixes_lengths
 from tuner.table.schema import (
     EVIDENCE,
     SCHEMA_VERSION,
@@ -40,6 +40,7 @@ __all__ = [
     "kernel_id",
     "lookup",
     "merge",
+    "mixes_lengths",
     "read",
     "read_cubin",
     "substitute",

@@ -46,7 +46,8 @@ def lookup(
     Without ``context`` (a CUDA graph, captured once for all lengths) the choice of ``by_batch``. The nearest tuned
     bucket on a log scale is taken, batch before context, the larger one of two equally near. A batch more than
     ``CUT_OFF`` times outside the tuned range has no choice; a context that far outside falls back on ``by_batch``,
-    which is valid for every context. ``ragged`` prefers the ragged buckets where there are some for the batch.
+    which is valid for every context. ``ragged`` (``mixes_lengths``): that of a ragged bucket, if one's longest request
+    is as near; else it is served like others.
     ``kv_heads`` (a model sharded otherwise than the tuned one): what counts is the number of independent rows,
     batch x KV heads, so the batch is scaled to the tuned number of KV heads.
     """
@@ -81,6 +82,12 @@ def explain(
     return Explanation(Choice(entry.kernel, entry.splits), kernel, entry, timing, lines)
 
 
+def mixes_lengths(batch: int, context: int | None, tokens: int | None) -> bool:
+    """Whether ``batch`` requests of up to ``context`` tokens, ``tokens`` in all, are so unequal that a ragged bucket
+    stands for them: shorter than half of the longest in the mean. What is not known says no."""
+    return context is not None and tokens is not None and 2 * tokens <= batch * context
+
+
 def row_scale(table: Table, kv_heads: int | None) -> float:
     """Rows of the tuned shape that a request with ``kv_heads`` KV heads counts for."""
     return 1.0 if kv_heads is None else kv_heads / table.kv_heads
@@ -94,14 +101,13 @@ def _entry(table: Table, batch: float, context: int | None, ragged: bool) -> Bat
     if batch <= 0 or not _covered(batch, (e.batch for e in table.by_batch)):
         return None
     if context is not None and context > 0:
-        kind = [e for e in table.by_batch_and_context if e.timing.ragged == ragged]
-        if not kind and ragged:
-            kind = list(table.by_batch_and_context)
-        if _covered(batch, (e.batch for e in kind)):
-            nearest = _nearest(kind, batch, lambda e: e.batch).batch
-            row = [e for e in kind if e.batch == nearest]
-            if _covered(context, (e.timing.context for e in row)):
-                return _nearest(row, context, lambda e: e.timing.context)
+        for kind in (True, False) if ragged else (False,):
+            row = [e for e in table.by_batch_and_context if e.timing.ragged == kind]
+            if _covered(batch, (e.batch for e in row)):
+                nearest = _nearest(row, batch, lambda e: e.batch).batch
+                row = [e for e in row if e.batch == nearest]
+                if _covered(context, (e.longest for e in row)):
+                    return _nearest(row, context, lambda e: e.longest)
     return _nearest(table.by_batch, batch, lambda e: e.batch)
 
 

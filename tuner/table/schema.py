@@ -15,6 +15,7 @@ from tuner.errors import TunerError
 from tuner.space import Config, Problem, get_space
 from tuner.space.core import Value
 from tuner.targets import device_slug
+from tuner.workload.core import ragged_length
 
 SCHEMA_VERSION = 1
 EVIDENCE = ("measured", "predicted")
@@ -145,6 +146,12 @@ class BucketEntry:
     splits: int
     timing: Timing
     runner_up: RunnerUp | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, as ``workload.Bucket`` has it."""
+        t = self.timing
+        return ragged_length(t.context, (self.batch - 0.5) / self.batch) if t.ragged else t.context
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,7 @@ class WphTurboQuantImpl(upstream.TurboQuantAttentionImpl):
                 attn_metadata.seq_lens,
                 centroids,
                 attn_metadata.max_seq_len,
+                _tokens(attn_metadata, query.shape[0]),
             )
             if out is not None:
                 return out
@@ -133,6 +134,18 @@ class WphTurboQuantImpl(upstream.TurboQuantAttentionImpl):
             )
         finally:
             _prefilling.reset(token)
+
+
+def _tokens(attn_metadata: Any, batch: int) -> int | None:
+    """Tokens of the first ``batch`` requests together, where vLLM left their lengths on the host; a step's layers share
+    the metadata, and so the sum."""
+    lengths = getattr(attn_metadata, "seq_lens_cpu", None)
+    if not isinstance(lengths, torch.Tensor) or lengths.device.type != "cpu":
+        return None
+    known = getattr(attn_metadata, "wph_tokens", None)
+    if known is None or known[0] != batch:
+        known = attn_metadata.wph_tokens = (batch, int(lengths[:batch].sum()))
+    return int(known[1])
 
 
 def _store_layer(impl: WphTurboQuantImpl) -> Any:

@@ -12,7 +12,7 @@ from tuner.geometry import decode_scratch, dynamic_shared_bytes, entry_points, s
 from tuner.launch import LoadedKernel
 from tuner.space.core import Config, Problem
 from tuner.suits import CacheOrder, refusal
-from tuner.table import CUT_OFF, Table, TableError, find, lookup, read, read_cubin, substitute
+from tuner.table import CUT_OFF, Table, TableError, find, lookup, mixes_lengths, read, read_cubin, substitute
 from tuner.table.substitute import splits_by_rule
 from tuner.targets import Target, attached
 from tuner.vllm import defaults, log
@@ -50,7 +50,7 @@ class Dispatch:
         self.defaults: tuple[_Default, ...] = ()
         self._ready = load
         self._kernels: dict[str, LoadedKernel] = {}
-        self._choices: dict[tuple[int, int | None, CacheOrder], Chosen | str] = {}
+        self._choices: dict[tuple[int, int | None, bool, CacheOrder], Chosen | str] = {}
         self.problem_found = self._load()
 
     @property
@@ -67,18 +67,22 @@ class Dispatch:
             return "default kernel (no table for this device: tune to choose better ones)"
         return f"vLLM's kernel: {self.problem_found}"
 
-    def choose(self, batch: int, context: int | None, max_context: int, order: CacheOrder) -> Chosen | str:
+    def choose(
+        self, batch: int, context: int | None, max_context: int, order: CacheOrder, tokens: int | None = None
+    ) -> Chosen | str:
         """The kernel for ``batch`` rows, or why vLLM's own must run.
 
         ``context`` is the longest request, None in a CUDA graph, whose kernel serves every length up to
-        ``max_context``. First the table's choice. Where its kernel cannot read a cache of ``order``, another one of
-        the table; where the table does not reach, the default kernel. What is left of these comes last.
+        ``max_context``; ``tokens`` all requests' together, if they are known. First the table's choice. Where its
+        kernel cannot read a cache of ``order``, another one of the table; where the table does not reach, the default
+        kernel. What is left of these comes last.
         """
-        key = (batch, context, order)
+        ragged = mixes_lengths(batch, context, tokens)
+        key = (batch, context, ragged, order)
         if key not in self._choices:
             if len(self._choices) >= _REMEMBERED:
                 self._choices.clear()
-            self._choices[key] = self._choose(batch, context, max_context, order)
+            self._choices[key] = self._choose(batch, context, ragged, max_context, order)
         return self._choices[key]
 
     def requirement(self, rows: int, max_context: int) -> tuple[int, int]:
@@ -119,8 +123,12 @@ class Dispatch:
                 raise
             log.warn(f"default kernels are left out: {type(error).__name__}: {error}")
 
-    def _choose(self, batch: int, context: int | None, max_context: int, order: CacheOrder) -> Chosen | str:
-        choice = lookup(self.table, batch, context, kv_heads=self.kv_heads) if self.table is not None else None
+    def _choose(
+        self, batch: int, context: int | None, ragged: bool, max_context: int, order: CacheOrder
+    ) -> Chosen | str:
+        choice = None
+        if self.table is not None:
+            choice = lookup(self.table, batch, context, kv_heads=self.kv_heads, ragged=ragged)
         if choice is None:
             why = f"the table's batches are more than {CUT_OFF:g} x away" if self.table else "there is no table"
             ladder = (self._default, self._substitute)
@@ -161,7 +169,7 @@ class Dispatch:
     def _possible(self, rows: int, max_context: int) -> Iterable[tuple[Config, int, int]]:
         """Every (configuration, batch, splits) that ``choose`` may answer with, but for fewer splits by rule."""
         table = self.table
-        contexts = sorted({e.timing.context for e in table.by_batch_and_context}) if table else []
+        calls = {(e.longest, e.timing.ragged) for e in table.by_batch_and_context} if table else set()
         for batch in range(1, rows + 1):
             for default in self.defaults:
                 yield default.kernel.config, batch, self._default_splits(default, batch, max_context)
@@ -170,8 +178,8 @@ class Dispatch:
             for kernel in table.kernels:
                 splits = splits_by_rule(kernel, table, batch, self.kv_heads, self.target, context=max_context)
                 yield self._kernels[kernel.id].config, batch, splits
-            for context in (None, *contexts):
-                choice = lookup(table, batch, context, kv_heads=self.kv_heads)
+            for context, ragged in ((None, False), *calls):
+                choice = lookup(table, batch, context, kv_heads=self.kv_heads, ragged=ragged)
                 if choice is not None:
                     yield self._kernels[choice.kernel].config, batch, choice.splits
 

@@ -75,15 +75,17 @@ class Layer:
         seq_lens: Tensor,
         centroids: Tensor,
         context: int | None,
+        tokens: int | None = None,
     ) -> Tensor | None:
         """Attention of ``query`` [B, Hq, D] over the cache, valid until the next call; None: vLLM's kernel must run.
 
-        ``context``: the longest request as the host knows it, an upper bound will do. Never raises.
+        ``context``: the longest request as the host knows it, an upper bound will do; ``tokens``: that of
+        all requests together. Never raises.
         """
         if self.reason is not None:
             return None
         try:
-            return self._decode(query, kv_cache, block_table, seq_lens, centroids, context)
+            return self._decode(query, kv_cache, block_table, seq_lens, centroids, context, tokens)
         except Exception as error:
             self.give_up(error)
             return None
@@ -96,6 +98,7 @@ class Layer:
         seq_lens: Tensor,
         centroids: Tensor,
         context: int | None,
+        tokens: int | None,
     ) -> Tensor | None:
         batch = query.shape[0]
         if batch == 0 or query.device.type != "cuda" or min(seq_lens.shape[0], block_table.shape[0]) < batch:
@@ -108,7 +111,7 @@ class Layer:
         # Layers share choices: only the alignment of a cache matters to them, not where it lies.
         order = replace(order, address=order.address % _ALIGNMENT)
         longest = self._max_context or block_table.shape[1] * kv_cache.shape[1]
-        chosen = dispatch.choose(batch, None if capturing else context or None, longest, order)
+        chosen = dispatch.choose(batch, None if capturing else context or None, longest, order, tokens)
         if isinstance(chosen, str):
             shape = self.facts.describe()
             log.say(f"{shape}: vLLM's kernel runs for some batches, first for {batch}: {chosen}", about=shape)

@@ -52,6 +52,11 @@ class Shape:
         return replace(self, q_heads=self.q_heads // ranks, kv_heads=max(1, self.kv_heads // ranks))
 
 
+def ragged_length(context: int, quantile: float) -> int:
+    """Tokens at ``quantile`` (0 to 1) of a log-uniform distribution over SHORTEST_RAGGED..``context``."""
+    return round(SHORTEST_RAGGED * (context / SHORTEST_RAGGED) ** quantile)
+
+
 @dataclass(frozen=True)
 class Bucket:
     """One point of the timing grid: ``batch`` requests of ``context`` tokens, or ragged ones of up to ``context``."""
@@ -79,10 +84,14 @@ class Bucket:
         """
         if not self.ragged:
             return [self.context] * self.batch
-        spread = self.context / SHORTEST_RAGGED
-        lengths = [round(SHORTEST_RAGGED * spread ** ((i + 0.5) / self.batch)) for i in range(self.batch)]
+        lengths = [ragged_length(self.context, (i + 0.5) / self.batch) for i in range(self.batch)]
         random.Random(seed).shuffle(lengths)
         return lengths
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request."""
+        return ragged_length(self.context, (self.batch - 0.5) / self.batch) if self.ragged else self.context
 
     @property
     def tokens(self) -> int:

@@ -21,13 +21,6 @@ struct Row {
 
     bool has(const Choice &c) const { return (ragged < 0 || c.ragged == ragged) && (batch == 0 || c.batch == batch); }
 
-    bool empty() const {
-        for (int i = 0; i < count; ++i) {
-            if (has(choices[i])) return false;
-        }
-        return true;
-    }
-
     bool covers(double value, int (*place)(const Choice &)) const {
         double least = INFINITY, most = 0;
         for (int i = 0; i < count; ++i) {
@@ -70,11 +63,12 @@ const Choice *find_choice(const Table &table, double batch, int context, bool ra
     const Row any = {table.by_batch, table.by_batch_count, -1, 0};
     if (!any.covers(batch, batch_of)) return nullptr;
     if (context > 0) {
-        Row row = {table.buckets, table.bucket_count, ragged, 0};
-        if (ragged && row.empty()) row.ragged = -1;  // the others serve
-        if (row.covers(batch, batch_of)) {
-            row.batch = row.nearest(batch, batch_of)->batch;
-            if (row.covers(context, context_of)) return row.nearest(context, context_of);
+        for (int kind = ragged; kind >= 0; --kind) {
+            Row row = {table.buckets, table.bucket_count, kind, 0};
+            if (row.covers(batch, batch_of)) {
+                row.batch = row.nearest(batch, batch_of)->batch;
+                if (row.covers(context, context_of)) return row.nearest(context, context_of);
+            }
         }
     }
     return any.nearest(batch, batch_of);

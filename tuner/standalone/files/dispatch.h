@@ -30,7 +30,7 @@ struct Kernel {
     int slot_bytes;
 };
 
-// `batch` requests of up to `context` tokens (0: any) run `kernel` with `splits`.
+// `batch` requests, the longest of `context` tokens (0: any), run `kernel` with `splits`.
 struct Choice {
     int batch, context, ragged, kernel, splits;
 };
@@ -59,7 +59,8 @@ Tables all_tables();
 const Table *find_table(Op op, int sm, wph_format format, int head_dim, int group);
 
 // The choice for `batch` requests (scaled to the tuned number of KV heads); null: too far from every tuned batch. A
-// context far outside the tuned ones falls back on the choice that holds for all of them.
+// context far outside the tuned ones falls back on the choice that holds for all of them, and with ragged requests first
+// on what serves equal ones.
 const Choice *find_choice(const Table &table, double batch, int context, bool ragged);
 
 // A plan without grid and scratch.
