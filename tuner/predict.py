@@ -150,7 +150,7 @@ def _reduction_us(config: Config, sharers: list[int], shape: Shape, target: Targ
     most, branch = max(sharers), plan.branch
     levels = 2 if config["reduction"] == "tree" and most > branch else 1
     in_turn = most if levels == 1 else branch + -(-most // branch)  # contributions that one CTA after another reads
-    if config["reduction"] == "all":
+    if plan.waits:
         rows = -(-rows // min(most, plan.most_shares))
     last = in_turn * rows * row_bytes / _CTA_BYTES_PER_CYCLE / target.clock_mhz
     return clustered_us + max(bytes_us, last) + 2 * levels * latency_us

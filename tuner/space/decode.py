@@ -5,7 +5,8 @@ from __future__ import annotations
 from tuner.space.banks import token_pitch, word_reads
 from tuner.space.core import Axis, Config, Constraint, Problem, Space, Value
 from tuner.space.plan import DecodePlan, shared_bytes
-from tuner.targets import RESERVED_SHARED_BYTES, TARGETS, Target
+from tuner.space.registers import register_estimate, too_many_registers
+from tuner.targets import RESERVED_SHARED_BYTES, TARGETS
 
 AXES = (
     Axis("warps", (4, 1, 2, 8, 16), "warps per CTA"),
@@ -26,8 +27,9 @@ AXES = (
     Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
     Axis(
         "reduction",
-        ("last", "kernel", "tree", "cluster2", "cluster4", "cluster8", "all"),
-        "who adds up splits: the last CTA, a second kernel, branches, first clusters of CTAs, or all, a share each",
+        ("last", "kernel", "tree", "cluster2", "cluster4", "cluster8", "all", "all_warps"),
+        "who adds up splits: the last CTA, a second kernel, branches, first clusters of CTAs, or all, a share each "
+        "(whose contributions its warps divide)",
     ),
     Axis(
         "schedule",
@@ -51,27 +53,6 @@ AXES = (
     ),
     Axis("lead", (4, 8, 12), "steps that a request's beginning counts as, where CTAs share requests out", absent=4),
 )
-
-REGISTER_LIMIT = 255
-_FIXED_REGISTERS = 56
-"""Registers for addresses, loop state and words in flight, beside what the estimate counts."""
-
-
-def register_estimate(config: Config) -> int:
-    """A lower bound on registers per thread: accumulators, scores and held query fragments."""
-    plan, gqa = DecodePlan(config), config.problem.gqa
-    outliers = plan.outlier_steps
-    if config["math"] == "mma":
-        sums = (plan.slice_dims // 16 + outliers) * plan.head_tiles * 4
-        scores = plan.tiles * plan.head_tiles * 4 * (2 if outliers else 1)
-        held = 4 * plan.head_tiles * (plan.key_steps + outliers) if plan.holds_query else 0
-        state = 8 * plan.head_tiles
-    else:
-        sums = (plan.slice_dims // 8 + 2 * outliers) * gqa
-        scores = plan.tiles * gqa * 2 * (2 if outliers else 1)
-        held = 4 * gqa
-        state = 4 * gqa
-    return _FIXED_REGISTERS + sums + scores + held + state
 
 
 def _has_unaligned_values(config: Config) -> bool:
@@ -97,18 +78,14 @@ def _overfills_gaps(plan: DecodePlan) -> bool:
     return plan.woven and 2 * plan.query_bytes > plan.lookup_bytes
 
 
+def _cannot_divide(config: Config) -> bool:
+    plan = DecodePlan(config)
+    return not plan.prompt or config["warps"] > plan.query_rows * plan.merge_stripes
+
+
 def _lends(config: Config) -> bool:
     plan = DecodePlan(config)
     return plan.bulk and plan.teams == 1 and config["stages"] > 1 and plan.query_bytes <= plan.stage_bytes
-
-
-def _registers_available(config: Config, target: Target) -> int:
-    threads = 32 * config["warps"] * config["min_ctas"]
-    return min(target.registers // threads // 8 * 8, REGISTER_LIMIT)
-
-
-def _too_many_registers(config: Config, target: Target) -> bool:
-    return register_estimate(config) > _registers_available(config, target)
 
 
 CONSTRAINTS = (
@@ -186,7 +163,12 @@ CONSTRAINTS = (
     Constraint(
         "waiting_ctas",
         "a CTA waits for the others' splits where it knows that nothing else is left for it",
-        lambda c, _: c["reduction"] == "all" and c["schedule"] not in ("grid", "deal"),
+        lambda c, _: DecodePlan(c).waits and c["schedule"] not in ("grid", "deal"),
+    ),
+    Constraint(
+        "divided_shares",
+        "warps divide contributions with prompt beginnings, and where the merge buffer has a row for each of them",
+        lambda c, _: c["reduction"] == "all_warps" and _cannot_divide(c),
     ),
     Constraint(
         "held_query",
@@ -221,7 +203,7 @@ CONSTRAINTS = (
     Constraint(
         "registers",
         "accumulators, scores and held query need more registers than min_ctas leaves per thread",
-        _too_many_registers,
+        too_many_registers,
     ),
 )
 
@@ -315,6 +297,7 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         )
         sixteen |= {"query": "joined"}
     beginning = "ordered" if problem.layout.format.has_signs else "prompt"
+    every = "all_warps" if beginning == "prompt" else "all"
     lean: dict[str, Value] = {"tail": "apart", "query": query, "beginning": beginning}
     dealt = bulk | lean | {"schedule": "deal"}
     if beginning == "prompt":
@@ -325,19 +308,19 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     split, split_whole = dealt | even, whole | even
     wanted = (
         whole | sixteen,
-        whole | sixteen | {"reduction": "all"},
-        split_whole | sixteen | {"reduction": "all"},
+        whole | sixteen | {"reduction": every},
+        split_whole | sixteen | {"reduction": every},
         split_whole | sixteen | {"reduction": "cluster2"},
-        whole | eight | {"reduction": "all"},
-        split_whole | eight | {"reduction": "all"},
+        whole | eight | {"reduction": every},
+        split_whole | eight | {"reduction": every},
         split_whole | eight | {"reduction": "cluster2"},
         dealt | {"warps": 8, "lookup": spread},
-        dealt | {"warps": 8, "lookup": spread, "reduction": "all"},
+        dealt | {"warps": 8, "lookup": spread, "reduction": every},
         dealt | halves,
-        dealt | halves | {"reduction": "all"},
+        dealt | halves | {"reduction": every},
         split | halves | {"reduction": "cluster8"},
         split | halves | {"reduction": "cluster2"},
-        split | halves | {"reduction": "all"},
+        split | halves | {"reduction": every},
         alone | lean | {"warps": 8, "lookup": spread, "reduction": "cluster8"},
         alone | lean | {"warps": 16, "lookup": spread, "reduction": "cluster2"},
         sliced | lean | {"lookup": spread, "reduction": "cluster8"},
@@ -359,8 +342,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         alone | lean | {"warps": 16, "lookup": spread},
         sliced | lean | {"stages": 4, "lookup": spread, "reduction": "cluster4"},
         sliced | lean | {"lookup": spread, "reduction": "tree"},
-        sliced | lean | {"lookup": spread, "reduction": "all"},
-        alone | lean | {"warps": 8, "lookup": spread, "reduction": "all"},
+        sliced | lean | {"lookup": spread, "reduction": every},
+        alone | lean | {"warps": 8, "lookup": spread, "reduction": every},
         sliced | {"lookup": spread},
         sliced | {"lookup": spread, "reduction": "tree"},
         alone | {"warps": 8, "lookup": spread},
@@ -387,9 +370,12 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
 
 
 def _renewed(config: Config) -> Config:
-    """Reads its rows in whole words where it may."""
+    """Reads its rows in whole words where it may, and warps divide contributions where they may."""
     whole = {"strided": "whole", "adjacent": "whole_adjacent"}.get(str(config["words"]))
-    return config.with_(words=whole) if whole and has_rows_alike(config) else config
+    if whole and has_rows_alike(config):
+        config = config.with_(words=whole)
+    divided = config.with_(reduction="all_warps")
+    return divided if config["reduction"] == "all" and not _cannot_divide(divided) else config
 
 
 DECODE = Space("decode", AXES, CONSTRAINTS, default_config, seed_config, lead_configs, _renewed)

@@ -208,11 +208,21 @@ class DecodeTraits:
         """The CTAs of a cluster store their sums in each other's shared memory, where the others are read else."""
         return self.prompt and self.cluster > 1
 
+    @property
+    def waits(self) -> bool:
+        """The contributors to a request wait for each other, and each adds up a share of the query heads."""
+        return self.config["reduction"] in ("all", "all_warps")
+
+    @property
+    def divides_shares(self) -> bool:
+        """Where a CTA's share has fewer heads than it has warps, several divide a head's contributions."""
+        return bool(self.config["reduction"] == "all_warps")
+
     arrival_words = 4
-    """Counters of a request and its CTAs' heads where ``reduction`` is "all"."""
+    """Counters of a request and its CTAs' heads where they wait for each other."""
 
     most_shares = 32
-    """Contributors that add up a share each where ``reduction`` is "all": as many as a word has bits for."""
+    """Contributors that add up a share each where they wait: as many as a word has bits for."""
 
     patience = 40
     """Times that a contributor looks whether all have come before it leaves its share to the last one."""
