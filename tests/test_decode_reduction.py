@@ -36,11 +36,13 @@ def test_branches_of_splits(cache_format: str, schedule: str) -> None:
     [
         ("turboquant_4bit_nc", {}),
         ("turboquant_4bit_nc", {"warps": 2, "beginning": "prompt"}),
+        ("turboquant_4bit_nc", {"warps": 2, "beginning": "prompt", "reduction": "all_warps"}),
         ("turboquant_outlier", {}),
     ],
 )
 def test_contributors_that_wait_for_each_other(cache_format: str, values: dict[str, Value], schedule: str) -> None:
-    """One at a time, where all but the last give up waiting, and together; up to more of them than there are shares."""
+    """One at a time, where all but the last give up waiting, and together; up to more of them than there are shares,
+    and so many that two warps divide those to a head."""
     config = default_config(Problem("decode", 64, 6, cache_format)).with_(reduction="all", schedule=schedule, warps=1)
     config = config.with_(**values)
     case = small_case(config, (1300, 0, 1, 16 * 9, 33))
@@ -51,18 +53,33 @@ def test_contributors_that_wait_for_each_other(cache_format: str, values: dict[s
     assert torch.equal(emulate_decode(config, case, 70), emulate_decode(config, case, 70, seed=3, concurrent_ctas=8))
 
 
-@pytest.mark.parametrize("beginning", ["ordered", "prompt"])
+@pytest.mark.parametrize(("beginning", "reduction"), [("ordered", "all"), ("prompt", "all"), ("prompt", "all_warps")])
 @pytest.mark.parametrize(("patience", "concurrent_ctas"), [(0, 1), (0, 200), (1, 3), (100_000, 200)])
 def test_shares_are_added_up_once_however_long_one_waits(
-    patience: int, concurrent_ctas: int, beginning: str, monkeypatch: pytest.MonkeyPatch
+    patience: int, concurrent_ctas: int, beginning: str, reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Right sums, and counters at zero, say that each share was taken once."""
     config = default_config(Problem("decode", 64, 6, "turboquant_4bit_nc"))
-    config = config.with_(reduction="all", warps=2, beginning=beginning)
+    config = config.with_(reduction=reduction, warps=2, beginning=beginning)
     monkeypatch.setattr(DecodePlan, "patience", patience)
     case = small_case(config, (700, 0, 33, 90))
     for seed in range(3):
         check(config, case, 12, seed=seed, concurrent_ctas=concurrent_ctas)
+
+
+@pytest.mark.parametrize(
+    ("gqa", "layout"),
+    [(1, {"warps": 8}), (2, {"warps": 8, "head_warps": 2}), (3, {"warps": 4}), (5, {"warps": 8, "dim_warps": 2})],
+)
+def test_warps_divide_the_contributions_to_few_heads(gqa: int, layout: dict[str, Value]) -> None:
+    """One at a time, where the last CTA takes every head, and together; so many contributions that one, two and four
+    warps have a head, and so few that one has."""
+    config = default_config(Problem("decode", 128, gqa, "turboquant_4bit_nc"))
+    config = config.with_(reduction="all_warps", beginning="prompt", **layout)
+    assert not get_space("decode").refusals(config, get_target("sm_90"))
+    case = small_case(config, (4600, 90, 0, 1100))
+    for splits, concurrent in ((9, 1), (40, 1), (40, 40)):
+        check(config, case, splits, seed=splits, concurrent_ctas=concurrent)
 
 
 def test_who_waits_long_enough_leaves_nothing_to_the_last() -> None:

@@ -177,6 +177,28 @@ KERNELS = [
 ]
 
 
+def divided() -> tuple[Config, Case]:
+    """A request of 41 contributions, which the last CTA's four warps divide."""
+    config = decode(FORMAT, 64, 1, warps=4, reduction="all_warps", beginning="prompt", schedule="deal")
+    return config, synthetic_cache(config.problem.layout, (0, 17, 2600), q_heads=2, kv_heads=2)
+
+
+def test_contributions_that_warps_divide_have_no_races(root):
+    config, case = divided()
+    out = emulate_decode(config, case, 60, seed=1, concurrent_ctas=2, races=True, root=root)
+    assert worst_head_error(out, case.expected()) <= 5e-3
+
+
+def test_parts_that_are_added_up_too_early_are_a_race(root):
+    config, case = divided()
+    whole = render(config)
+    meeting = "    if (log == 0) return;\n    sync_cta();\n"
+    assert whole.text.count(meeting) == 1
+    broken = replace(whole, text=whole.text.replace(meeting, "    if (log == 0) return;\n"))
+    with pytest.raises(EmulationError, match="data race"):
+        emulate_decode(config, case, 60, seed=1, concurrent_ctas=2, races=True, root=root, source=broken)
+
+
 def case_of(config: Config) -> Case:
     """Requests long enough for a tree of splits. Bulk copies take all heads of a cache, two per warp of heads."""
     kv_heads = {"bulk": 1, "bulk_rows": 2}.get(config["load"], 0) * config["head_warps"] or 2

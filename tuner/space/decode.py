@@ -370,12 +370,9 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
 
 
 def _renewed(config: Config) -> Config:
-    """Reads its rows in whole words where it may, and warps divide contributions where they may."""
+    """Reads its rows in whole words where it may."""
     whole = {"strided": "whole", "adjacent": "whole_adjacent"}.get(str(config["words"]))
-    if whole and has_rows_alike(config):
-        config = config.with_(words=whole)
-    divided = config.with_(reduction="all_warps")
-    return divided if config["reduction"] == "all" and not _cannot_divide(divided) else config
+    return config.with_(words=whole) if whole and has_rows_alike(config) else config
 
 
 DECODE = Space("decode", AXES, CONSTRAINTS, default_config, seed_config, lead_configs, _renewed)
