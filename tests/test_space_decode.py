@@ -7,6 +7,7 @@ import pytest
 from tuner.formats import FORMATS, HEAD_DIMS
 from tuner.space import Problem, default_config, get_space, seed_config
 from tuner.space.decode import direct_variant
+from tuner.space.plan import DecodePlan
 from tuner.targets import ARCHS, get_target
 
 SPACE = get_space("decode")
@@ -20,6 +21,16 @@ def test_default_and_its_direct_variant_suit_every_target(name: str, head_dim: i
         for arch in ARCHS:
             for variant in (config, direct_variant(config)):
                 assert [c.name for c in SPACE.refusals(variant, get_target(arch))] == [], variant.describe()
+
+
+def test_warps_that_divide_a_heads_contributions_are_powers_of_two_with_enough_each() -> None:
+    config = default_config(Problem("decode", 256, 8, "turboquant_4bit_nc")).with_(warps=8, beginning="prompt")
+    plan = DecodePlan(config.with_(reduction="all_warps"))
+    assert plan.sums_ahead == 8
+    found = [plan.share_warps(1, n) for n in (2, 16, 17, 32, 33, 64, 65, 132)]
+    assert found == [1, 1, 2, 2, 4, 4, 8, 8]
+    assert [plan.share_warps(heads, 132) for heads in (1, 2, 3, 4, 5, 9)] == [8, 4, 2, 2, 1, 1]
+    assert DecodePlan(config.with_(reduction="all")).share_warps(1, 132) == 1
 
 
 def test_rows_of_recorded_kernels_are_read_in_whole_words_where_they_may_be() -> None:

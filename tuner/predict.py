@@ -27,6 +27,9 @@ _L2_FACTOR = 2.0
 """Bandwidth of the L2 cache, where partial results stay, over DRAM's."""
 _CTA_BYTES_PER_CYCLE = 32.0
 """What one CTA alone reads per clock: the last one to arrive merges a head's splits by itself."""
+_TRIP_CYCLES = 1000
+"""From asking the L2 cache for several contributions to having added them up, fitted to recorded winners
+(docs/kernel-notes.md)."""
 _CLUSTER_CYCLES = 2000
 """What a cluster takes to begin together, to meet twice, and to begin reading each other's shared memory: the median of
 ten pairs of equal splits, with clusters and without, on an H200, in which it was 300 to 4700 (docs/kernel-notes.md)."""
@@ -152,7 +155,13 @@ def _reduction_us(config: Config, sharers: list[int], shape: Shape, target: Targ
     in_turn = most if levels == 1 else branch + -(-most // branch)  # contributions that one CTA after another reads
     if plan.waits:
         rows = -(-rows // min(most, plan.most_shares))
-    last = in_turn * rows * row_bytes / _CTA_BYTES_PER_CYCLE / target.clock_mhz
+    last = in_turn * rows * row_bytes / _CTA_BYTES_PER_CYCLE
+    if plan.cluster == 1:
+        # A warp has a head, or a part of one, and some of its contributions on their way at a time.
+        parts = plan.share_warps(rows, most)
+        trips = -(-in_turn // (parts * plan.sums_ahead)) * -(-rows * parts // config["warps"])
+        last = max(last / min(parts, 2), trips * _TRIP_CYCLES)
+    last /= target.clock_mhz
     return clustered_us + max(bytes_us, last) + 2 * levels * latency_us
 
 

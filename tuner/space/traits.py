@@ -234,6 +234,13 @@ class DecodeTraits:
         per_lane = self.config.problem.layout.block_d // 32
         return int(min(max(_SM_REGISTERS // threads // 2 // per_lane, 2), 8))
 
+    def share_warps(self, heads: int, contributions: int) -> int:
+        """Warps that divide the contributions to each of the ``heads`` that a CTA adds up, as the kernel reckons."""
+        warps, most = 1, min(self.config["warps"] // heads, (contributions - 1) // self.sums_ahead)
+        while self.divides_shares and 2 * warps <= most:
+            warps *= 2
+        return warps
+
     branch = 8
     """Contributions to a request that one CTA adds up where ``reduction`` is "tree"."""
 
