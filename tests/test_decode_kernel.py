@@ -61,7 +61,12 @@ def draw(chooser: random.Random, problem: Problem, warps: int) -> dict[str, Valu
         values["beginning"] = "ordered"
     if values["reduction"].startswith("cluster"):
         values["schedule"] = "grid"
-    if values["reduction"] == "all" and values["schedule"] != "grid":
+    if values["reduction"] == "all_warps":
+        if problem.layout.format.has_signs:
+            values["reduction"] = "all"
+        else:
+            values["beginning"] = "prompt"
+    if values["reduction"] in ("all", "all_warps") and values["schedule"] != "grid":
         values["schedule"] = "deal"
     return values
 
@@ -99,7 +104,8 @@ def test_the_matrix_reaches_every_axis_value_and_group() -> None:
 @pytest.mark.parametrize("index", range(len(FORMATS) * len(HEAD_DIMS) * len(WARPS)))
 def test_agrees_with_the_reference(index: int) -> None:
     config = matrix()[index]
-    dtype = torch.float16 if index % 5 == 4 else torch.bfloat16
+    # Sums in halves cost an output what rounding it to bf16 does, more than to fp16.
+    dtype = torch.float16 if index % 5 == 4 and config["accumulate"] != "f16x2" else torch.bfloat16
     check(config, small_case(config, query_dtype=dtype, seed=index), seed=index)
 
 

@@ -310,6 +310,8 @@ def test_lookup_of_ragged_batches() -> None:
     for batch, context in ((8, 22187), (8, 88753), (64, 60000)):
         assert lookup(table, batch, context, ragged=True) == lookup(table, batch, context), "no ragged bucket near"
     assert lookup(table, 8, ragged=True) == lookup(table, 8)
+    assert "ragged up to 65536, the longest 44376" in explain(table, 8, 60000, ragged=True).lines[0]
+    assert "no ragged bucket is within 2 x" in explain(table, 64, 60000, ragged=True).lines[0]
 
 
 def test_what_the_host_knows_tells_ragged_batches() -> None:

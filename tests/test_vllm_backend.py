@@ -6,6 +6,7 @@ reference, because vLLM's Triton store needs a GPU.
 
 from __future__ import annotations
 
+from collections import namedtuple
 from types import SimpleNamespace
 from typing import Any
 
@@ -149,6 +150,8 @@ def test_decode_batch_goes_through_our_kernel_and_into_the_output() -> None:
     lengths += 1  # not looked at again by another layer of the step
     assert backend._tokens(step, 3) == 118 and backend._tokens(step, 2) == 40
     assert backend._tokens(SimpleNamespace(), 3) is None, "versions that leave no lengths on the host"
+    sealed = namedtuple("Sealed", "seq_lens_cpu")(lengths)
+    assert backend._tokens(sealed, 3) == 121, "metadata that takes no notes"
     lengths -= 1
     assert torch.equal(owner._tq_centroids, codec.centroids)
     assert error(output.view(3, HEADS, DIM), expected) <= TOLERANCE

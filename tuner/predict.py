@@ -28,8 +28,7 @@ _L2_FACTOR = 2.0
 _CTA_BYTES_PER_CYCLE = 32.0
 """What one CTA alone reads per clock: the last one to arrive merges a head's splits by itself."""
 _TRIP_CYCLES = 1000
-"""From asking the L2 cache for several contributions to having added them up, fitted to recorded winners
-(docs/kernel-notes.md)."""
+"""From asking the L2 cache for several contributions to having added them up, under load (docs/kernel-notes.md)."""
 _CLUSTER_CYCLES = 2000
 """What a cluster takes to begin together, to meet twice, and to begin reading each other's shared memory: the median of
 ten pairs of equal splits, with clusters and without, on an H200, in which it was 300 to 4700 (docs/kernel-notes.md)."""
@@ -160,7 +159,7 @@ def _reduction_us(config: Config, sharers: list[int], shape: Shape, target: Targ
         # A warp has a head, or a part of one, and some of its contributions on their way at a time.
         parts = plan.share_warps(rows, most)
         trips = -(-in_turn // (parts * plan.sums_ahead)) * -(-rows * parts // config["warps"])
-        last = max(last / min(parts, 2), trips * _TRIP_CYCLES)
+        last = max(last, trips * _TRIP_CYCLES)
     last /= target.clock_mhz
     return clustered_us + max(bytes_us, last) + 2 * levels * latency_us
 

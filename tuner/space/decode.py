@@ -297,7 +297,6 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         )
         sixteen |= {"query": "joined"}
     beginning = "ordered" if problem.layout.format.has_signs else "prompt"
-    every = "all_warps" if beginning == "prompt" else "all"
     lean: dict[str, Value] = {"tail": "apart", "query": query, "beginning": beginning}
     dealt = bulk | lean | {"schedule": "deal"}
     if beginning == "prompt":
@@ -308,19 +307,19 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     split, split_whole = dealt | even, whole | even
     wanted = (
         whole | sixteen,
-        whole | sixteen | {"reduction": every},
-        split_whole | sixteen | {"reduction": every},
+        whole | sixteen | {"reduction": "all_warps"},
+        split_whole | sixteen | {"reduction": "all_warps"},
         split_whole | sixteen | {"reduction": "cluster2"},
-        whole | eight | {"reduction": every},
-        split_whole | eight | {"reduction": every},
+        whole | eight | {"reduction": "all_warps"},
+        split_whole | eight | {"reduction": "all_warps"},
         split_whole | eight | {"reduction": "cluster2"},
         dealt | {"warps": 8, "lookup": spread},
-        dealt | {"warps": 8, "lookup": spread, "reduction": every},
+        dealt | {"warps": 8, "lookup": spread, "reduction": "all_warps"},
         dealt | halves,
-        dealt | halves | {"reduction": every},
+        dealt | halves | {"reduction": "all_warps"},
         split | halves | {"reduction": "cluster8"},
         split | halves | {"reduction": "cluster2"},
-        split | halves | {"reduction": every},
+        split | halves | {"reduction": "all_warps"},
         alone | lean | {"warps": 8, "lookup": spread, "reduction": "cluster8"},
         alone | lean | {"warps": 16, "lookup": spread, "reduction": "cluster2"},
         sliced | lean | {"lookup": spread, "reduction": "cluster8"},
@@ -342,8 +341,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         alone | lean | {"warps": 16, "lookup": spread},
         sliced | lean | {"stages": 4, "lookup": spread, "reduction": "cluster4"},
         sliced | lean | {"lookup": spread, "reduction": "tree"},
-        sliced | lean | {"lookup": spread, "reduction": every},
-        alone | lean | {"warps": 8, "lookup": spread, "reduction": every},
+        sliced | lean | {"lookup": spread, "reduction": "all_warps"},
+        alone | lean | {"warps": 8, "lookup": spread, "reduction": "all_warps"},
         sliced | {"lookup": spread},
         sliced | {"lookup": spread, "reduction": "tree"},
         alone | {"warps": 8, "lookup": spread},
@@ -365,7 +364,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         alone | {"warps": 4, "stages": 4},
         *(few | lean | {"head_warps": heads} for few in small for heads in (4, 2, 1) if kv_heads % heads == 0),
     )
-    known = [_config(problem, **w) for w in wanted if all(v in allowed[n] for n, v in w.items())]
+    tried = [_config(problem, **w) for w in wanted if all(v in allowed[n] for n, v in w.items())]
+    known = [c.with_(reduction="all") if c["reduction"] == "all_warps" and _cannot_divide(c) else c for c in tried]
     return tuple(dict.fromkeys(_best_words(c, kv_heads) if c["tail"] == "apart" else c for c in known))
 
 

@@ -229,9 +229,12 @@ class DecodeTraits:
 
     @property
     def sums_ahead(self) -> int:
-        """Contributions to a row whose sums travel at a time: as many as half a warp's registers hold, 2 to 8."""
-        threads = 32 * self.config["warps"] * self.config["min_ctas"]
+        """Contributions to a row whose sums travel at a time: as many as half a warp's registers hold, 2 to 8; with
+        everything in order by the head dim alone."""
         per_lane = self.config.problem.layout.block_d // 32
+        if not self.prompt:
+            return 2 if per_lane > 8 else 4 if per_lane > 4 else 8
+        threads = 32 * self.config["warps"] * self.config["min_ctas"]
         return int(min(max(_SM_REGISTERS // threads // 2 // per_lane, 2), 8))
 
     def share_warps(self, heads: int, contributions: int) -> int:

@@ -33,7 +33,7 @@ def points(table: Table, kernels: list[StandaloneKernel]) -> list[str]:
     for batch in asked_batches:
         for context in asked_contexts if p.op != "store" else (0,):
             for kv_heads in (table.kv_heads, 2 * table.kv_heads):
-                ragged = p.op == "decode" and batch == batches[-1]
+                ragged = p.op == "decode" and batch in (batches[0], batches[-1])
                 dirty = p.op == "dequant" and context == 0
                 call = [sm, f"WPH_{p.cache_format.upper()}", p.head_dim]
                 call += {

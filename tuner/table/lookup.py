@@ -46,8 +46,8 @@ def lookup(
     Without ``context`` (a CUDA graph, captured once for all lengths) the choice of ``by_batch``. The nearest tuned
     bucket on a log scale is taken, batch before context, the larger one of two equally near. A batch more than
     ``CUT_OFF`` times outside the tuned range has no choice; a context that far outside falls back on ``by_batch``,
-    which is valid for every context. ``ragged`` (``mixes_lengths``): that of a ragged bucket, if one's longest request
-    is as near; else it is served like others.
+    which is valid for every context. ``ragged`` (``mixes_lengths``) asks for a ragged bucket; where batch or context is
+    more than ``CUT_OFF`` times outside theirs, by their longest requests, the batch is served as if it were equal.
     ``kv_heads`` (a model sharded otherwise than the tuned one): what counts is the number of independent rows,
     batch x KV heads, so the batch is scaled to the tuned number of KV heads.
     """
@@ -73,7 +73,7 @@ def explain(
     timing = entry.timing if isinstance(entry, BucketEntry) else _nearest(entry.timings, context, _context)
     kernel = table.kernel(entry.kernel)
     lines = (
-        *_call_lines(table, entry, timing, batch, context, kv_heads),
+        *_call_lines(table, entry, timing, batch, context, kv_heads, ragged),
         _kernel_line(kernel, entry.splits),
         _slot_line(table),
         *_time_lines(table, timing),
@@ -84,7 +84,8 @@ def explain(
 
 def mixes_lengths(batch: int, context: int | None, tokens: int | None) -> bool:
     """Whether ``batch`` requests of up to ``context`` tokens, ``tokens`` in all, are so unequal that a ragged bucket
-    stands for them: shorter than half of the longest in the mean. What is not known says no."""
+    stands for them: half as long as the longest, or less, in the mean. What is not known says no, and ``context`` has
+    to be the longest request itself, not a bound."""
     return context is not None and tokens is not None and 2 * tokens <= batch * context
 
 
@@ -125,13 +126,22 @@ def _nearest(items: Iterable[T], value: float | None, place: Callable[[T], int])
 
 
 def _call_lines(
-    table: Table, entry: BatchEntry | BucketEntry, timing: Timing, batch: int, context: int | None, kv_heads: int | None
+    table: Table,
+    entry: BatchEntry | BucketEntry,
+    timing: Timing,
+    batch: int,
+    context: int | None,
+    kv_heads: int | None,
+    ragged: bool,
 ) -> list[str]:
-    asked = f"batch {batch}" + (f", {kv_heads} KV heads" if kv_heads else "")
+    asked = f"batch {batch}" + (", ragged" if ragged else "") + (f", {kv_heads} KV heads" if kv_heads else "")
     asked += f", context {context}" if context else ", any context"
     kind = "ragged up to " if timing.ragged else ""
     if isinstance(entry, BucketEntry):
-        return [f"{asked}: nearest tuned bucket is batch {entry.batch}, context {kind}{timing.context}"]
+        found = f"{asked}: nearest tuned bucket is batch {entry.batch}, context {kind}{timing.context}"
+        if timing.ragged:
+            return [f"{found}, the longest {entry.longest}"]
+        return [found + (f"; no ragged bucket is within {CUT_OFF:g} x" if ragged else "")]
     why = "as a CUDA graph needs" if not context else f"because {context} is outside the tuned contexts"
     return [
         f"{asked}: the choice of batch {entry.batch} for every context, {why}; it costs at most "

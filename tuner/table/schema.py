@@ -15,7 +15,7 @@ from tuner.errors import TunerError
 from tuner.space import Config, Problem, get_space
 from tuner.space.core import Value
 from tuner.targets import device_slug
-from tuner.workload.core import ragged_length
+from tuner.workload.core import longest_request
 
 SCHEMA_VERSION = 1
 EVIDENCE = ("measured", "predicted")
@@ -86,7 +86,8 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Timing:
-    """One choice on one bucket. ``context`` is the longest request; ``ragged`` batches mix lengths below it.
+    """One choice on one bucket. ``context`` is the longest request; ``ragged`` batches mix lengths up to it, of which
+    ``BucketEntry.longest`` is the longest.
 
     Times in microseconds: median and its 95% interval (predicted: all three equal). ``limit_us`` is compressed bytes
     (and the bf16 rows', for dequantisation and a store) over the achievable bandwidth, ``limit_share`` is
@@ -150,8 +151,7 @@ class BucketEntry:
     @property
     def longest(self) -> int:
         """Tokens of the longest request, as ``workload.Bucket`` has it."""
-        t = self.timing
-        return ragged_length(t.context, (self.batch - 0.5) / self.batch) if t.ragged else t.context
+        return longest_request(self.batch, self.timing.context, self.timing.ragged)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 import time
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, ClassVar
 
@@ -138,14 +139,19 @@ class WphTurboQuantImpl(upstream.TurboQuantAttentionImpl):
 
 def _tokens(attn_metadata: Any, batch: int) -> int | None:
     """Tokens of the first ``batch`` requests together, where vLLM left their lengths on the host; a step's layers share
-    the metadata, and so the sum."""
-    lengths = getattr(attn_metadata, "seq_lens_cpu", None)
-    if not isinstance(lengths, torch.Tensor) or lengths.device.type != "cpu":
+    the metadata, and so the sum. Never raises."""
+    try:
+        lengths = getattr(attn_metadata, "seq_lens_cpu", None)
+        if not isinstance(lengths, torch.Tensor) or lengths.device.type != "cpu":
+            return None
+        known = getattr(attn_metadata, "wph_tokens", None)
+        if known is None or known[0] != batch:
+            known = (batch, int(lengths[:batch].sum()))
+            with suppress(Exception):  # metadata may take no notes
+                attn_metadata.wph_tokens = known
+        return int(known[1])
+    except Exception:
         return None
-    known = getattr(attn_metadata, "wph_tokens", None)
-    if known is None or known[0] != batch:
-        known = attn_metadata.wph_tokens = (batch, int(lengths[:batch].sum()))
-    return int(known[1])
 
 
 def _store_layer(impl: WphTurboQuantImpl) -> Any:

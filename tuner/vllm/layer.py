@@ -79,8 +79,8 @@ class Layer:
     ) -> Tensor | None:
         """Attention of ``query`` [B, Hq, D] over the cache, valid until the next call; None: vLLM's kernel must run.
 
-        ``context``: the longest request as the host knows it, an upper bound will do; ``tokens``: that of
-        all requests together. Never raises.
+        ``context``: the longest request as the host knows it, an upper bound will do without ``tokens``,
+        those of all requests together. Never raises.
         """
         if self.reason is not None:
             return None

@@ -57,6 +57,11 @@ def ragged_length(context: int, quantile: float) -> int:
     return round(SHORTEST_RAGGED * (context / SHORTEST_RAGGED) ** quantile)
 
 
+def longest_request(batch: int, context: int, ragged: bool) -> int:
+    """Tokens of the longest request of a bucket: the last of its quantiles where it is ragged."""
+    return ragged_length(context, (batch - 0.5) / batch) if ragged else context
+
+
 @dataclass(frozen=True)
 class Bucket:
     """One point of the timing grid: ``batch`` requests of ``context`` tokens, or ragged ones of up to ``context``."""
@@ -91,7 +96,7 @@ class Bucket:
     @property
     def longest(self) -> int:
         """Tokens of the longest request."""
-        return ragged_length(self.context, (self.batch - 0.5) / self.batch) if self.ragged else self.context
+        return longest_request(self.batch, self.context, self.ragged)
 
     @property
     def tokens(self) -> int:
