@@ -215,7 +215,8 @@ def test_what_our_layer_serves_never_reaches_theirs(package: Path) -> None:
         IMPL
         + """
 class Serving:
-    def decode(self, query, kv_cache, block_table, seq_lens, centroids, context, tokens=None): return f"ours of {context}"
+    def decode(self, query, kv_cache, block_table, seq_lens, centroids, context, tokens=None):
+        return f"ours of {context}"
 impl = build()
 impl.wph_layer = Serving()
 say(impl._decode_attention(query, cache, meta, None, None), upstream.CALLS)
