@@ -179,10 +179,9 @@ def test_far_from_the_tuned_range_and_without_a_default_the_nearest_kernel_runs(
     write_table(folder)
     chosen = chosen_by(dispatch(), 64)
     assert "in another's place" in chosen.origin and chosen.kernel.config == K_FAST.config(PROBLEM)
-    assert (
-        chosen.splits
-        == split_candidates(CONFIG, registers=128, batch=64, kv_heads=8, max_context=32768, target=TARGET)[0]
-    )
+    assert chosen.splits == split_candidates(
+        CONFIG, registers=128, batch=64, kv_heads=8, max_context=32768, target=TARGET
+    )[0]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

@@ -184,7 +184,8 @@ def table_kernel(
 ) -> Contestant | None:
     """What ``table``, read from ``path``, names for a call; None far from what it covers.
 
-    Raises TableError for a cubin with another hash than the table's.
+    ``context`` is the longest request, ``tokens`` all requests' together. Raises TableError for a cubin with another
+    hash than the table's.
     """
     choice = lookup(table, batch, context, kv_heads=kv_heads, ragged=mixes_lengths(batch, context, tokens))
     if choice is None:

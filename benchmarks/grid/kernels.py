@@ -95,9 +95,8 @@ class Kernels:
     ) -> Contestant | None:
         if found is None:
             return None
-        b = point.bucket
-        call = {"batch": b.batch, "context": context, "tokens": b.tokens, "kv_heads": point.shape.kv_heads}
-        return table_kernel(*found, **call, name=name)
+        b, kv_heads = point.bucket, point.shape.kv_heads
+        return table_kernel(*found, batch=b.batch, context=context, tokens=b.tokens, kv_heads=kv_heads, name=name)
 
     def _default(self, point: Point) -> Ours:
         problem = problem_of(point)
