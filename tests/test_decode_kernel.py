@@ -66,7 +66,9 @@ def draw(chooser: random.Random, problem: Problem, warps: int) -> dict[str, Valu
             values["reduction"] = "all"
         else:
             values["beginning"] = "prompt"
-    if values["reduction"] in ("all", "all_warps") and values["schedule"] != "grid":
+    if values["reduction"] in ("all", "all_warps") and values["schedule"] in ("stream", "share"):
+        values["schedule"] = "deal"
+    if values["schedule"] == "allot" and values["beginning"] != "prompt":
         values["schedule"] = "deal"
     return values
 
@@ -77,7 +79,7 @@ def matrix() -> tuple[Config, ...]:
 
     Of many draws the one is taken that brings most pairs of values together that have not met yet.
     """
-    target, chooser, met = get_target("sm_90"), random.Random(0), Pairs()
+    target, chooser, met = get_target("sm_90"), random.Random(3), Pairs()
     configs: list[Config] = []
     for name, head_dim, warps in product(FORMATS, HEAD_DIMS, WARPS):
         turn, chosen = len(configs), None
@@ -156,6 +158,9 @@ def test_block_sizes(block_size: int) -> None:
         PROMPT,
         PROMPT.with_(load="bulk_rows", warps=16, head_warps=8, stages=3, lead=12),
         PROMPT.with_(load="bulk", words="strided", head_warps=4, stages=1, schedule="grid", reduction="all"),
+        PROMPT.with_(schedule="allot"),
+        PROMPT.with_(schedule="allot", load="bulk_rows", warps=16, head_warps=8, lead=12, reduction="all_warps"),
+        PROMPT.with_(schedule="allot", warps=1, lead=8, reduction="kernel"),
         PERSISTENT.with_(warps=1, beginning="prompt"),
         DEFAULT.with_(lookup="shuffle", beginning="prompt"),
     ],
@@ -166,10 +171,11 @@ def test_any_number_of_splits(config: Config, splits: int) -> None:
     check(config, small_case(config, lengths), splits, seed=splits, concurrent_ctas=1 + splits % 4)
 
 
-def test_pieces_of_many_requests_are_counted_exactly() -> None:
+@pytest.mark.parametrize("schedule", ["deal", "allot"])
+def test_pieces_of_many_requests_are_counted_exactly(schedule: str) -> None:
     """149 requests of 3 groups and one of 25: 156 CTAs have a piece each, of four groups at most. With one piece more
     quotas would have cut the last request elsewhere, which its sums would show."""
-    config = default_config(Problem("decode", 64, 1, FORMAT)).with_(warps=1, schedule="deal", beginning="prompt")
+    config = default_config(Problem("decode", 64, 1, FORMAT)).with_(warps=1, schedule=schedule, beginning="prompt")
     case = small_case(config, (40,) * 149 + (400,))
     seven = emulate_decode(config.with_(schedule="grid"), case, 7)[-1]
     assert torch.equal(emulate_decode(config, case, 156)[-1], seven)

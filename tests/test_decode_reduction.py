@@ -30,21 +30,26 @@ def test_branches_of_splits(cache_format: str, schedule: str) -> None:
     assert torch.equal(emulate_decode(config, case, 70), emulate_decode(config, case, 70, seed=3, concurrent_ctas=8))
 
 
-@pytest.mark.parametrize("schedule", ["grid", "deal"])
+PROMPT: dict[str, Value] = {"warps": 2, "beginning": "prompt"}
+WAITING: list[tuple[str, dict[str, Value]]] = [
+    ("turboquant_4bit_nc", {}),
+    ("turboquant_4bit_nc", PROMPT),
+    ("turboquant_4bit_nc", PROMPT | {"reduction": "all_warps"}),
+    ("turboquant_outlier", {}),
+]
+
+
 @pytest.mark.parametrize(
     ("cache_format", "values"),
     [
-        ("turboquant_4bit_nc", {}),
-        ("turboquant_4bit_nc", {"warps": 2, "beginning": "prompt"}),
-        ("turboquant_4bit_nc", {"warps": 2, "beginning": "prompt", "reduction": "all_warps"}),
-        ("turboquant_outlier", {}),
+        *((name, values | {"schedule": schedule}) for schedule in ("grid", "deal") for name, values in WAITING),
+        ("turboquant_4bit_nc", PROMPT | {"reduction": "all_warps", "schedule": "allot"}),
     ],
 )
-def test_contributors_that_wait_for_each_other(cache_format: str, values: dict[str, Value], schedule: str) -> None:
+def test_contributors_that_wait_for_each_other(cache_format: str, values: dict[str, Value]) -> None:
     """One at a time, where all but the last give up waiting, and together; up to more of them than there are shares,
     and so many that two warps divide those to a head."""
-    config = default_config(Problem("decode", 64, 6, cache_format)).with_(reduction="all", schedule=schedule, warps=1)
-    config = config.with_(**values)
+    config = default_config(Problem("decode", 64, 6, cache_format)).with_(reduction="all", warps=1).with_(**values)
     case = small_case(config, (1300, 0, 1, 16 * 9, 33))
     for splits in (1, 9, 33, 70):
         check(config, case, splits)

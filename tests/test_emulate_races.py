@@ -173,13 +173,14 @@ KERNELS = [
     ),
     decode(FORMAT, 128, 4, lookup="woven", query="paired", words="adjacent", schedule="deal", reduction="all"),
     decode(FORMAT, 128, 4, lookup="woven", query="paired", schedule="deal", reduction="all", beginning="prompt"),
+    decode(FORMAT, 128, 4, lookup="woven", query="paired", schedule="allot", reduction="all_warps", beginning="prompt"),
     BORROWS,
 ]
 
 
 def divided() -> tuple[Config, Case]:
     """A request of 41 contributions, which the last CTA's four warps divide."""
-    config = decode(FORMAT, 64, 1, warps=4, reduction="all_warps", beginning="prompt", schedule="deal")
+    config = decode(FORMAT, 64, 1, warps=4, reduction="all_warps", beginning="prompt", schedule="allot")
     return config, synthetic_cache(config.problem.layout, (0, 17, 2600), q_heads=2, kv_heads=2)
 
 

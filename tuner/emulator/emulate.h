@@ -175,6 +175,13 @@ WPH_DEVICE unsigned reduce_or(unsigned v, WPH_LINE) {
     }
     return v;
 }
+WPH_DEVICE int add_lanes(int v, WPH_LINE) {
+    auto sum = static_cast<unsigned>(v);
+    for (int mask = 1; mask < 32; mask *= 2) {
+        sum += wph::shuffle_word(wph::Shuffle::exclusive_or, sum, mask, "add_lanes", line);
+    }
+    return static_cast<int>(sum);
+}
 WPH_DEVICE void trap() { __builtin_trap(); }
 WPH_DEVICE void sync_warp(WPH_LINE) { wph::sync_warp(line); }
 WPH_DEVICE void sync_cta(WPH_LINE) { wph::sync_threads(0, 0, "sync_cta", line); }
@@ -256,6 +263,8 @@ WPH_DEVICE float ex2(float v) {
 }
 // Subnormals count as zero.
 WPH_DEVICE float reciprocal_sqrt(float v) { return 1.0f / sqrtf(fabsf(v) < 0x1p-126f ? 0.0f : v); }
+// Of a normal number. Wrong by a unit in the last place as often as not, as a GPU's may be.
+WPH_DEVICE float near_reciprocal(float v) { return bits_to_float(float_to_bits(1.0f / v) + float_to_bits(v) / 64 % 3 - 1); }
 
 // --- matrix -------------------------------------------------------------------------------------------------------
 WPH_DEVICE void mma_16816(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1,

@@ -33,8 +33,8 @@ AXES = (
     ),
     Axis(
         "schedule",
-        ("grid", "stream", "share", "deal"),
-        "splits per request, or a persistent grid: equal quotas, or pieces, which one warp deals out",
+        ("grid", "stream", "share", "deal", "allot"),
+        "splits per request, or a persistent grid: equal quotas, or pieces, which one warp deals out (allot: promptly)",
     ),
     Axis(
         "words",
@@ -163,7 +163,12 @@ CONSTRAINTS = (
     Constraint(
         "waiting_ctas",
         "a CTA waits for the others' splits where it knows that nothing else is left for it",
-        lambda c, _: DecodePlan(c).waits and c["schedule"] not in ("grid", "deal"),
+        lambda c, _: DecodePlan(c).waits and c["schedule"] not in ("grid", "deal", "allot"),
+    ),
+    Constraint(
+        "prompt_allotment",
+        "who allots promptly begins promptly",
+        lambda c, _: DecodePlan(c).allots and not DecodePlan(c).prompt,
     ),
     Constraint(
         "divided_shares",
@@ -298,7 +303,7 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         sixteen |= {"query": "joined"}
     beginning = "ordered" if problem.layout.format.has_signs else "prompt"
     lean: dict[str, Value] = {"tail": "apart", "query": query, "beginning": beginning}
-    dealt = bulk | lean | {"schedule": "deal"}
+    dealt = bulk | lean | {"schedule": "allot" if beginning == "prompt" else "deal"}
     if beginning == "prompt":
         dealt["lead"] = _lead(int(dealt["head_warps"]) * problem.gqa * problem.layout.block_d)
     whole = dealt | {"tokens": 32, "dim_warps": 1 if problem.layout.block_d <= 256 else dims}
@@ -350,7 +355,7 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         dealt | {"warps": 16, "lookup": woven},
         whole | eight | {"schedule": "stream", "lead": 4},
         alone | lean | {"warps": 8, "stages": 4, "lookup": spread, "reduction": "tree"},
-        alone | lean | {"warps": 4, "lookup": replicated, "stages": 4, "min_ctas": 2, "schedule": "deal"},
+        alone | lean | {"warps": 4, "lookup": replicated, "stages": 4, "min_ctas": 2, "schedule": dealt["schedule"]},
         alone | lean | {"warps": 16, "dim_warps": 4 * dims, "reduction": "tree"},
         bulk | {"warps": 16, "tokens": 32, "lookup": replicated},
         bulk | {"warps": 8, "tokens": 32, "lookup": spread, "reduction": "tree"},
@@ -370,7 +375,9 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
 
 
 def _renewed(config: Config) -> Config:
-    """Reads its rows in whole words where it may."""
+    """Reads its rows in whole words where it may, and deals promptly what it begins promptly."""
+    if config["schedule"] == "deal" and config["beginning"] == "prompt":
+        config = config.with_(schedule="allot")
     whole = {"strided": "whole", "adjacent": "whole_adjacent"}.get(str(config["words"]))
     return config.with_(words=whole) if whole and has_rows_alike(config) else config
 

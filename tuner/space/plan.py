@@ -35,6 +35,11 @@ class DecodePlan(DecodeTraits):
         return self.prompt and self.dealt and self.lookup_bytes > 0
 
     @property
+    def fills_meanwhile(self) -> bool:
+        """... by the others."""
+        return self.fills_before and self.allots and self.config["warps"] > 1
+
+    @property
     def fills_aside(self) -> bool:
         """The warps that have no row of the query to file fill the lookup table, where they are half and more."""
         idle = self.files_first and self.config["warps"] >= 2 * self.query_rows

@@ -124,12 +124,18 @@ class DecodeTraits:
     @property
     def shares(self) -> bool:
         """A persistent grid, whose CTAs take pieces of requests."""
-        return self.config["schedule"] in ("share", "deal")
+        return self.config["schedule"] in ("share", "deal", "allot")
 
     @property
     def dealt(self) -> bool:
         """One warp finds the CTA's piece, and what has no tokens is seen to last."""
-        return bool(self.config["schedule"] == "deal")
+        return self.config["schedule"] in ("deal", "allot")
+
+    @property
+    def allots(self) -> bool:
+        """That warp reads the lengths once and divides by reciprocals; what the others ask for meanwhile is a share of
+        what all requests need."""
+        return bool(self.config["schedule"] == "allot")
 
     @cached_property
     def slice_dims(self) -> int:
