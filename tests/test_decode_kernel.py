@@ -77,7 +77,8 @@ def draw(chooser: random.Random, problem: Problem, warps: int) -> dict[str, Valu
 def matrix() -> tuple[Config, ...]:
     """One configuration per format, head dim and warp count; the other axes drawn so that values meet in pairs.
 
-    Of many draws the one is taken that brings most pairs of values together that have not met yet.
+    Of many draws the one is taken that brings most pairs of values together that have not met yet; with these, every
+    group size comes up.
     """
     target, chooser, met = get_target("sm_90"), random.Random(3), Pairs()
     configs: list[Config] = []
@@ -277,7 +278,7 @@ def test_an_output_at_any_address(head_dim: int) -> None:
     assert not room[0] and not room[head_dim + 1 :: head_dim + 1].any()  # nothing between the heads is touched
 
 
-@pytest.mark.parametrize("schedule", ["grid", "deal"])
+@pytest.mark.parametrize("schedule", ["grid", "deal", "allot"])
 @pytest.mark.parametrize(("head_dim", "gqa", "warps"), [(64, 3, 1), (128, 16, 4), (256, 16, 1), (512, 4, 2)])
 def test_a_query_at_any_address(head_dim: int, gqa: int, warps: int, schedule: str) -> None:
     """Rows that are read ahead: as vectors, and from an odd element on, heads one element further apart than they are

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from dataclasses import replace
 
 import pytest
@@ -18,12 +20,20 @@ from tuner.space.plan import DecodePlan
 from tuner.targets import get_target
 
 
-@pytest.mark.parametrize("schedule", ["grid", "stream", "share", "deal"])
-@pytest.mark.parametrize("cache_format", ["turboquant_4bit_nc", "turboquant_outlier"])
-def test_branches_of_splits(cache_format: str, schedule: str) -> None:
+@pytest.mark.parametrize(
+    ("cache_format", "values"),
+    [
+        *product(
+            ("turboquant_4bit_nc", "turboquant_outlier"),
+            ({"schedule": schedule} for schedule in ("grid", "stream", "share", "deal")),
+        ),
+        ("turboquant_4bit_nc", {"schedule": "allot", "beginning": "prompt"}),
+    ],
+)
+def test_branches_of_splits(cache_format: str, values: dict[str, Value]) -> None:
     """Around one branch, around whole branches, with a last branch of one, and with more branches than fit in one."""
     config = default_config(Problem("decode", 64, 2, cache_format))
-    config = config.with_(reduction="tree", schedule=schedule, warps=1)
+    config = config.with_(reduction="tree", warps=1).with_(**values)
     case = small_case(config, (1300, 0, 1, 16 * 9, 33))
     for splits in (1, 8, 9, 16, 17, 70):
         check(config, case, splits)

@@ -22,6 +22,8 @@ Part = tuple[int, int, int, int, int, int]
 
 EXACT, MOST_SPLITS = 1 << 20, 1 << 14
 """What ``allot`` cuts into pieces has fewer units, and fewer CTAs."""
+MOST_STEPS = 1 << 16
+"""Steps of a request and of a piece together up to which ``deal`` takes pieces."""
 
 PROBE = """
 extern "C" __global__ void probe(const __grid_constant__ DecodeParams p) {
@@ -78,8 +80,10 @@ def wanted(config: Config, lengths: list[int], splits: int) -> list[Part]:
     total = sum(groups) + lead * sum(g > 0 for g in groups)
     quota = max(-(-total // splits), least)
     shortest = max(-(-sum(groups) // (splits * least)), 1) * least
-    fits = total < EXACT and len(lengths) <= splits < MOST_SPLITS
-    for length in range(shortest, shortest + lead + 1, least) if fits else ():
+    small = not plan.allots or (total < EXACT and splits < MOST_SPLITS)
+    for length in range(shortest, shortest + lead + 1, least) if small and len(lengths) <= splits else ():
+        if not plan.allots and -(-max(groups) // least) + length // least > MOST_STEPS:
+            continue
         if sum(-(-g // length) for g in groups) <= splits and (length == shortest or length <= quota):
             pieces = [(r, i, g) for r, g in enumerate(groups) for i in range(-(-g // length))]
             ends = [(i * length, min((i + 1) * length, g), -(-g // length), i) for _, i, g in pieces]
@@ -113,6 +117,4 @@ def batches() -> list[tuple[list[int], int]]:
 def test_every_cta_has_its_part(config: Config) -> None:
     source = probe(config)
     for lengths, splits in batches():
-        if config["schedule"] == "deal" and (sum(lengths) >= EXACT or splits >= MOST_SPLITS):
-            continue  # its pieces have other limits
         assert found(source, lengths, splits) == wanted(config, lengths, splits), (lengths, splits)

@@ -125,7 +125,7 @@ def test_triton_times_are_near_the_measured_ones(tmp_path: Path) -> None:
     ("schedule", "reduction"),
     [
         *itertools.product(("grid", "stream", "share", "deal"), ("last", "kernel", "tree")),
-        *(("grid", "cluster8"), ("grid", "all"), ("deal", "all")),
+        *(("grid", "cluster8"), ("grid", "all"), ("deal", "all"), ("allot", "all")),
     ],
 )
 @pytest.mark.parametrize("arch", ["sm_90", "sm_121"])

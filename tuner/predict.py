@@ -75,7 +75,8 @@ def _outside(sass: SassFacts, loop: Loop, target: Target) -> Cycles:
 
 
 def _quotas(config: Config, bucket: Bucket, splits: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """(CTAs, groups of each) per request for one set of heads, and how many CTAs share each request."""
+    """(CTAs, groups of each) per request for one set of heads, and how many CTAs share each request; without the limits
+    from which on kernels cut even what could lie in pieces into quotas."""
     plan = DecodePlan(config)
     least = plan.token_warps * plan.tiles
     groups = [-(-n // GROUP_TOKENS) for n in bucket.lengths()]

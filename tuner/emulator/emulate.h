@@ -263,7 +263,7 @@ WPH_DEVICE float ex2(float v) {
 }
 // Subnormals count as zero.
 WPH_DEVICE float reciprocal_sqrt(float v) { return 1.0f / sqrtf(fabsf(v) < 0x1p-126f ? 0.0f : v); }
-// Of a normal number. Wrong by a unit in the last place as often as not, as a GPU's may be.
+// Of a normal number. Two times of three a unit in the last place away from the nearest float, further than a GPU's may be.
 WPH_DEVICE float near_reciprocal(float v) { return bits_to_float(float_to_bits(1.0f / v) + float_to_bits(v) / 64 % 3 - 1); }
 
 // --- matrix -------------------------------------------------------------------------------------------------------

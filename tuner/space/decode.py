@@ -167,7 +167,7 @@ CONSTRAINTS = (
     ),
     Constraint(
         "prompt_allotment",
-        "who allots promptly begins promptly",
+        "lengths are read ahead where beginnings are prompt",
         lambda c, _: DecodePlan(c).allots and not DecodePlan(c).prompt,
     ),
     Constraint(
@@ -339,6 +339,7 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         whole | eight,
         split_whole | eight | {"lookup": spread, "reduction": "cluster2"},
         whole | sixteen | {"reduction": "kernel"},
+        whole | eight | {"schedule": "deal", "reduction": "all_warps"},
         whole | eight | {"reduction": "tree"},
         whole | eight | {"lookup": spread, "reduction": "tree"},
         whole | sixteen | _bulk(problem, kv_heads, 16),
@@ -375,9 +376,7 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
 
 
 def _renewed(config: Config) -> Config:
-    """Reads its rows in whole words where it may, and deals promptly what it begins promptly."""
-    if config["schedule"] == "deal" and config["beginning"] == "prompt":
-        config = config.with_(schedule="allot")
+    """Reads its rows in whole words where it may."""
     whole = {"strided": "whole", "adjacent": "whole_adjacent"}.get(str(config["words"]))
     return config.with_(words=whole) if whole and has_rows_alike(config) else config
 

@@ -35,8 +35,8 @@ class DecodePlan(DecodeTraits):
         return self.prompt and self.dealt and self.lookup_bytes > 0
 
     @property
-    def fills_meanwhile(self) -> bool:
-        """... by the others."""
+    def fills_by_others(self) -> bool:
+        """... by the others alone."""
         return self.fills_before and self.allots and self.config["warps"] > 1
 
     @property

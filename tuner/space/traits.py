@@ -133,8 +133,8 @@ class DecodeTraits:
 
     @property
     def allots(self) -> bool:
-        """That warp reads the lengths once and divides by reciprocals; what the others ask for meanwhile is a share of
-        what all requests need."""
+        """That warp reads the lengths ahead and divides by reciprocals, while the others ask for a share of what all
+        requests need."""
         return bool(self.config["schedule"] == "allot")
 
     @cached_property
