@@ -172,19 +172,6 @@ def test_any_number_of_splits(config: Config, splits: int) -> None:
     check(config, small_case(config, lengths), splits, seed=splits, concurrent_ctas=1 + splits % 4)
 
 
-@pytest.mark.parametrize("schedule", ["deal", "allot"])
-def test_pieces_of_many_requests_are_counted_exactly(schedule: str) -> None:
-    """149 requests of 3 groups and one of 25: 156 CTAs have a piece each, of four groups at most. With one piece more
-    quotas would have cut the last request elsewhere, which its sums would show."""
-    config = default_config(Problem("decode", 64, 1, FORMAT)).with_(warps=1, schedule=schedule, beginning="prompt")
-    case = small_case(config, (40,) * 149 + (400,))
-    seven = emulate_decode(config.with_(schedule="grid"), case, 7)[-1]
-    assert torch.equal(emulate_decode(config, case, 156)[-1], seven)
-    assert not torch.equal(emulate_decode(config, case, 155)[-1], seven)
-    for splits in (150, 155, 156, 450):
-        check(config, case, splits, concurrent_ctas=3)
-
-
 @pytest.mark.parametrize(
     ("cache_format", "kv_heads", "dim_warps", "load_bytes"),
     [

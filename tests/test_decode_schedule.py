@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from emulated import needs_gxx
+import torch
+from decode_emulated import check, small_case
+from emulated import emulate_decode, needs_gxx
 
 from tuner.abi import DecodeParams
 from tuner.emulate import Launch, emulate
@@ -118,3 +120,16 @@ def test_every_cta_has_its_part(config: Config) -> None:
     source = probe(config)
     for lengths, splits in batches():
         assert found(source, lengths, splits) == wanted(config, lengths, splits), (lengths, splits)
+
+
+@pytest.mark.parametrize("schedule", ["deal", "allot"])
+def test_pieces_of_many_requests_are_counted_exactly(schedule: str) -> None:
+    """149 requests of 3 groups and one of 25: 156 CTAs have a piece each, of four groups at most. With one piece more
+    quotas would have cut the last request elsewhere, which its sums would show."""
+    config = dealing(schedule, warps=1).with_(reduction="last")
+    case = small_case(config, (40,) * 149 + (400,))
+    seven = emulate_decode(config.with_(schedule="grid"), case, 7)[-1]
+    assert torch.equal(emulate_decode(config, case, 156)[-1], seven)
+    assert not torch.equal(emulate_decode(config, case, 155)[-1], seven)
+    for splits in (150, 155, 156, 450):
+        check(config, case, splits, concurrent_ctas=3)

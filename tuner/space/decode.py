@@ -34,7 +34,8 @@ AXES = (
     Axis(
         "schedule",
         ("grid", "stream", "share", "deal", "allot"),
-        "splits per request, or a persistent grid: equal quotas, or pieces, which one warp deals out (allot: promptly)",
+        "splits per request, or a persistent grid: equal quotas, or pieces, which one warp deals out; allot: with "
+        "lengths read ahead",
     ),
     Axis(
         "words",
@@ -163,7 +164,7 @@ CONSTRAINTS = (
     Constraint(
         "waiting_ctas",
         "a CTA waits for the others' splits where it knows that nothing else is left for it",
-        lambda c, _: DecodePlan(c).waits and c["schedule"] not in ("grid", "deal", "allot"),
+        lambda c, _: DecodePlan(c).waits and c["schedule"] != "grid" and not DecodePlan(c).dealt,
     ),
     Constraint(
         "prompt_allotment",

@@ -36,7 +36,7 @@ class DecodePlan(DecodeTraits):
 
     @property
     def fills_by_others(self) -> bool:
-        """... by the others alone."""
+        """The warps that do not reckon fill that table by themselves."""
         return self.fills_before and self.allots and self.config["warps"] > 1
 
     @property
