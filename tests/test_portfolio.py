@@ -73,7 +73,7 @@ def test_best_splits() -> None:
     assert best_splits({"a": {(0, 4): 3.0, (0, 2): 1.0, (1, 8): 2.0}}) == {"a": {0: (2, 1.0), 1: (8, 2.0)}}
 
 
-def test_for_all_contexts_minimises_the_worst() -> None:
+def test_for_all_contexts_keeps_the_worst_low() -> None:
     times = {
         "c1k": {(0, 1): 1.0, (0, 8): 1.2, (1, 1): 2.0},
         "c64k": {(0, 1): 9.0, (0, 8): 3.3, (1, 1): 3.0},
@@ -90,7 +90,16 @@ def test_for_all_contexts_wants_a_point_timed_everywhere() -> None:
     assert for_all_contexts({"a": {(0, 1): 1.0, (1, 1): 2.0}}, kernels=[1]) == portfolio.BatchChoice(1, 1, 2.0, 2.0)
 
 
-def test_mean_decides_between_equal_worsts() -> None:
-    times = {"a": {(0, 1): 1.50, (1, 1): 1.51, (2, 1): 1.0}, "b": {(0, 1): 1.5, (1, 1): 1.0, (2, 1): 3.0}}
+def test_mean_decides_between_worsts_that_are_near() -> None:
+    times = {"a": {(0, 1): 1.50, (1, 1): 1.70, (2, 1): 1.0}, "b": {(0, 1): 1.5, (1, 1): 1.0, (2, 1): 3.0}}
     choice = for_all_contexts(times)
     assert choice and choice.kernel == 1
+    choice = for_all_contexts(times, worst_within=0.1)
+    assert choice and choice.kernel == 0
+
+
+def test_a_choice_is_nearly_as_good_as_another_in_both_ratios() -> None:
+    choice = portfolio.BatchChoice(0, 1, 1.4, 1.1)
+    assert choice.nearly_as_good_as(portfolio.BatchChoice(1, 1, 1.38, 1.09))
+    assert not choice.nearly_as_good_as(portfolio.BatchChoice(1, 1, 1.3, 1.1))
+    assert not choice.nearly_as_good_as(portfolio.BatchChoice(1, 1, 1.4, 1.0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
@@ -12,9 +11,8 @@ from analytic_search import BUCKETS, PROBLEM, TARGET, TRIALS, TUNED, Analytic, r
 
 from tuner.errors import TunerError
 from tuner.report.rows import rows
-from tuner.search import Candidate, Failure
 from tuner.search.constraints import space_for
-from tuner.search.evaluate import Final, Time
+from tuner.search.evaluate import Time
 from tuner.search.sampler import FeasibleSampler, distributions, params_of
 from tuner.space import Config, default_config, get_space, seed_config
 from tuner.suits import CacheOrder, refusal
@@ -138,7 +136,7 @@ def test_a_batch_ends_with_the_time_and_what_is_left_of_it_comes_first_later(tmp
     assert later.scored()[: len(rest)] == rest and len(rest) >= 4
 
 
-def test_a_batch_whose_longest_request_is_known_gets_what_serves_ragged_ones_too(tmp_path: Path) -> None:
+def test_equal_and_unequal_requests_each_get_what_serves_them(tmp_path: Path) -> None:
     class Ragged(Analytic):
         """Many splits suit equal lengths better than any other kernel would, and unequal ones far worse."""
 
@@ -151,31 +149,8 @@ def test_a_batch_whose_longest_request_is_known_gets_what_serves_ragged_ones_too
     alike = {n: (v,) for n, v in default_config(PROBLEM).params if n not in ("reduction", "tokens")}
     result, _, _ = search(tmp_path, Ragged(tmp_path), restrict=alike)  # as fast as each other, by the formula
     splits = {(e.batch, e.timing.context, e.timing.ragged): e.splits for e in result.table.by_batch_and_context}
-    assert (splits[16, 1024, False], splits[16, 65536, False], splits[16, 65536, True]) == (8, 1, 1)
-    said = explain(result.table, 16, 65536).lines[-1]
-    assert "slower for other lengths that this entry serves" in said
-
-
-def test_what_failed_in_its_race_does_not_serve_ragged_batches_either(tmp_path: Path) -> None:
-    class Failing(Analytic):
-        """One split suits ragged batches and takes a tenth longer for uniform ones, whose races it does not end."""
-
-        def time(self, config: Config, bucket: Bucket, splits: int) -> Time:
-            us = super().time(config, bucket, 1).median_us * (1.1 if splits == 1 else 3.0 if bucket.ragged else 1.0)
-            return Time(us, 0.99 * us, 1.01 * us)
-
-        def final(
-            self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str], budget_s: float
-        ) -> Final | Failure:
-            final = super().final(contestants, bucket, rivals, budget_s)
-            assert isinstance(final, Final)
-            failed = [s == 1 and not bucket.ragged for _, s in contestants]
-            times = tuple(None if f else t for f, t in zip(failed, final.times, strict=True))
-            return Final(times, final.winner, final.tie, final.baselines_us)
-
-    result, _, _ = search(tmp_path, Failing(tmp_path), trials=1)
-    splits = {(e.batch, e.timing.context, e.timing.ragged): e.splits for e in result.table.by_batch_and_context}
-    assert (splits[16, 65536, False], splits[16, 65536, True]) == (8, 1)
+    assert (splits[16, 1024, False], splits[16, 65536, False], splits[16, 65536, True]) == (8, 8, 1)
+    assert "slower for other lengths that this entry serves" in explain(result.table, 16).lines[-1]
 
 
 def test_races_share_their_time_by_size_and_end_in_it(tmp_path: Path) -> None:

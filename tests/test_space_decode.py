@@ -33,7 +33,7 @@ def test_warps_that_divide_a_heads_contributions_are_powers_of_two_with_enough_e
     assert DecodePlan(config.with_(reduction="all")).share_warps(1, 132) == 1
 
 
-def test_rows_of_recorded_kernels_are_read_in_whole_words_where_they_may_be() -> None:
+def test_recorded_kernels_are_renewed() -> None:
     config = default_config(Problem("decode", 128, 4, "turboquant_4bit_nc"))
     bulk = config.with_(load="bulk", head_warps=8, warps=8)
     assert SPACE.renewed(bulk) == bulk.with_(words="whole")
@@ -41,6 +41,9 @@ def test_rows_of_recorded_kernels_are_read_in_whole_words_where_they_may_be() ->
     odd = bulk.with_(head_warps=1)  # 134 bytes between tokens
     for other in (config, odd, bulk.with_(words="whole")):
         assert SPACE.renewed(other) == other
+    dealt = bulk.with_(words="whole", schedule="deal")
+    assert SPACE.renewed(dealt) == dealt
+    assert SPACE.renewed(dealt.with_(beginning="prompt")) == dealt.with_(beginning="prompt", schedule="allot")
     for name, allowed in (("turboquant_k3v4_nc", ["whole"]), ("turboquant_3bit_nc", []), ("turboquant_k8v4", [])):
         format_bulk = default_config(Problem("decode", 128, 4, name)).with_(load="bulk", head_warps=8, warps=8)
         ways = ("whole", "whole_adjacent")
@@ -62,7 +65,7 @@ def test_leads_are_points_of_the_space_that_serve_small_and_large_batches(
     usable = [c for c in leads if not SPACE.refusals(c, get_target("sm_90"))]
     assert {c["load"] for c in usable} == {"bulk", "cp_async"}
     large = {(c["tail"], c["schedule"]) for c in usable if c["load"] == "bulk"}
-    assert {("apart", "deal"), ("apart", "allot")} <= large
+    assert ("apart", "allot") in large
     assert {c["tail"] for c in usable if c["load"] == "cp_async"} == {"apart", "masked"}
     newer = {"paired"} if gqa <= 4 else {"joined"} if gqa > 8 else {"shared"}
     newer |= {"borrowed" if head_dim == 512 else "registers"} if 4 < gqa <= 8 else set()

@@ -153,7 +153,7 @@ def test_graphs_go_by_batch_and_eager_calls_by_batch_and_context(folder: Path) -
     assert chooser.choose(8, None, 32768, ORDER) is graph
 
 
-def test_a_batch_of_unequal_requests_gets_what_serves_those_where_all_are_known(folder: Path) -> None:
+def test_a_batch_gets_what_serves_unequal_requests_unless_they_are_known_to_be_equal(folder: Path) -> None:
     plain = table()
     even = plain.by_batch_and_context[-1]
     unequal = replace(even, splits=130, timing=replace(even.timing, ragged=True))
@@ -161,7 +161,7 @@ def test_a_batch_of_unequal_requests_gets_what_serves_those_where_all_are_known(
     chooser, longest = dispatch(), unequal.longest
     tokens = (None, 2 * even.batch * longest // 3, even.batch * longest // 2)
     chosen = [chooser.choose(even.batch, longest, 32768, ORDER, known) for known in tokens]
-    assert [c.splits for c in chosen if isinstance(c, Chosen)] == [even.splits, even.splits, 130]
+    assert [c.splits for c in chosen if isinstance(c, Chosen)] == [130, even.splits, 130]
     floats, _ = chooser.requirement(even.batch, 32768)
     config = chosen[-1].kernel.config  # type: ignore[union-attr]
     assert floats >= decode_scratch(config, batch=even.batch, kv_heads=8, splits=130).partial_floats

@@ -58,9 +58,9 @@ def decode_attention(
     ``channels`` are the layer's constants as ``reference.Codec`` describes them; None means those of layer seed 0.
     Without a table, or where it has no choice, the default configuration runs, compiled once if need be.
     ``max_context``: the longest request as the host knows it, for a finer choice from the tables; with it ``tokens``,
-    those of all requests together, tell unequal requests from equal ones. ``workspace``: scratch for calls that
-    overlap others. Can be captured in a CUDA graph after one call of the same sizes without ``max_context``, which a
-    capture does not look at.
+    those of all requests together, tell equal requests from unequal ones, which they are taken for otherwise.
+    ``workspace``: scratch for calls that overlap others. Can be captured in a CUDA graph after one call of the same
+    sizes without ``max_context``, which a capture does not look at.
     """
     device = _cuda_index(kv_cache)
     if query.dim() != 3 or kv_cache.dim() < 4 or block_table.dim() != 2:

@@ -161,7 +161,9 @@ def our_kernel(
     if path is not None:
         context = bucket.context if op == "decode" else None  # the API does not look at contexts elsewhere
         table = read(path, arch=target.arch)
-        found = table_kernel(path, table, batch=bucket.batch, context=context, kv_heads=shape.kv_heads)
+        found = table_kernel(
+            path, table, batch=bucket.batch, context=context, tokens=bucket.tokens, kv_heads=shape.kv_heads
+        )
         if found is not None:
             return found, "table"
     config = default_config(problem)

@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from tuner.errors import TunerError
@@ -123,7 +123,7 @@ def _plan(request: TuneRequest, finalists: Sequence[Record]) -> _Plan:
     for batch, group in batches(request.buckets).items():
         times = {b.key: points[b.key] for b in group if b.key in points}
         free, shared = for_all_contexts(times), for_all_contexts(times, kernels)
-        if shared and free and shared.worst_ratio <= free.worst_ratio * (1 + TOLERANCE):
+        if shared and free and shared.nearly_as_good_as(free):
             free = shared
         if free:
             by_batch[batch] = free
@@ -224,7 +224,7 @@ def _table(
     }
     by_bucket = tuple(
         BucketEntry(o.bucket.batch, ids[o.winner[0]], o.winner[1], o.timing(o.winner), o.runner_up(o.winner, finalists))
-        for o in _for_all_lengths(outcomes.values(), plan.portfolio)
+        for o in outcomes.values()
     )
     by_batch = []
     for batch, group in batches(request.buckets).items():
@@ -252,19 +252,6 @@ def _table(
     )
 
 
-def _for_all_lengths(outcomes: Iterable[_Outcome], portfolio: Sequence[int]) -> list[_Outcome]:
-    """``outcomes``, where a uniform bucket that has a ragged twin gets the point that serves both best.
-
-    Whoever launches knows the longest request of a batch and not the others, so a batch of either kind gets it.
-    """
-    places = {(o.bucket.batch, o.bucket.context, o.bucket.ragged): o for o in outcomes}
-    found = []
-    for (batch, context, ragged), outcome in places.items():
-        twin = None if ragged else places.get((batch, context, True))
-        found.append(outcome if twin is None else outcome.serving(twin, portfolio))
-    return found
-
-
 @dataclass(frozen=True)
 class _Outcome:
     """One bucket: times of the points that raced (or, without a race, of all that were timed), and the winner."""
@@ -277,9 +264,6 @@ class _Outcome:
     baselines_us: dict[str, float | None]
     screened: dict[Point, float]
     """Times of all candidates of the study, from the ranking runs."""
-    known: dict[Point, Time]
-    """Times of the portfolio's points: of the race where they ran in it, else of the ranking runs, and none of what
-    failed in the race."""
 
     @staticmethod
     def of(
@@ -294,28 +278,14 @@ class _Outcome:
         known = {p: finalists[p[0]].timings[bucket.key][p[1]] for p in screened if p[0] in plan.portfolio}
         if raced is None:
             winner = min(known, key=lambda p: (known[p].median_us, p))
-            return _Outcome(bucket, limit, known, winner, False, {}, screened, known)
+            return _Outcome(bucket, limit, known, winner, False, {}, screened)
         points, final = raced
         times = {p: t for p, t in zip(points, final.times, strict=True) if t}
-        able = {p: t for p, t in known.items() if p not in points} | times  # what failed in the race is no choice
         choice = plan.by_batch.get(bucket.batch)
         if choice and (choice.kernel, choice.splits) not in times:
             # It fell out of the race; its ranking time is the best that is known.
             times[choice.kernel, choice.splits] = known[choice.kernel, choice.splits]
-        return _Outcome(bucket, limit, times, points[final.winner], final.tie, final.baselines_us, screened, able)
-
-    def serving(self, ragged: _Outcome, portfolio: Sequence[int]) -> _Outcome:
-        """With another point where that takes less time over both buckets together, by more than the tolerance."""
-
-        def cost(point: Point) -> float:
-            times = (o.known[point].median_us if point in o.known else o.screened[point] for o in (self, ragged))
-            return math.fsum(map(math.log, times))
-
-        both = [p for p in self.known if p in ragged.known and p[0] in portfolio]
-        best = min(both, key=lambda p: (cost(p), p), default=self.winner)
-        if self.winner not in ragged.screened or cost(best) > cost(self.winner) - math.log1p(TOLERANCE):
-            return self
-        return replace(self, times={**self.times, best: self.known[best]}, winner=best, tie=False)
+        return _Outcome(bucket, limit, times, points[final.winner], final.tie, final.baselines_us, screened)
 
     def timing(self, point: Point) -> Timing:
         t = self.times[point]

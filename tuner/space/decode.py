@@ -340,7 +340,6 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         whole | eight,
         split_whole | eight | {"lookup": spread, "reduction": "cluster2"},
         whole | sixteen | {"reduction": "kernel"},
-        whole | eight | {"schedule": "deal", "reduction": "all_warps"},
         whole | eight | {"reduction": "tree"},
         whole | eight | {"lookup": spread, "reduction": "tree"},
         whole | sixteen | _bulk(problem, kv_heads, 16),
@@ -377,9 +376,12 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
 
 
 def _renewed(config: Config) -> Config:
-    """Reads its rows in whole words where it may."""
+    """Reads its rows in whole words, and allots where it dealt, as far as it may."""
     whole = {"strided": "whole", "adjacent": "whole_adjacent"}.get(str(config["words"]))
-    return config.with_(words=whole) if whole and has_rows_alike(config) else config
+    if whole and has_rows_alike(config):
+        config = config.with_(words=whole)
+    dealt = config["schedule"] == "deal" and DecodePlan(config).prompt
+    return config.with_(schedule="allot") if dealt else config
 
 
 DECODE = Space("decode", AXES, CONSTRAINTS, default_config, seed_config, lead_configs, _renewed)

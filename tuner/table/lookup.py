@@ -84,9 +84,11 @@ def explain(
 
 def mixes_lengths(batch: int, context: int | None, tokens: int | None) -> bool:
     """Whether ``batch`` requests of up to ``context`` tokens, ``tokens`` in all, are so unequal that a ragged bucket
-    stands for them: half as long as the longest, or less, in the mean. What is not known says no, and ``context`` has
-    to be the longest request itself, not a bound."""
-    return context is not None and tokens is not None and 2 * tokens <= batch * context
+    stands for them: half as long as the longest, or less, in the mean. ``context`` has to be the longest request itself
+    then, not a bound. Without ``tokens`` they are taken to be unequal, as most batches are."""
+    if context is None or batch <= 1:
+        return False
+    return tokens is None or 2 * tokens <= batch * context
 
 
 def row_scale(table: Table, kv_heads: int | None) -> float:

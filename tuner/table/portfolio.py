@@ -8,6 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 TOLERANCE = 0.02
+WORST_WITHIN = 0.15
+"""How far above the least worst ratio the one choice for all contexts may lie, for a better mean."""
 _EXACT_SUBSETS = 200_000
 """Subsets that the exact search may try; beyond, the greedy cover stands."""
 
@@ -23,6 +25,11 @@ class BatchChoice:
     splits: int
     worst_ratio: float
     mean_ratio: float
+
+    def nearly_as_good_as(self, other: BatchChoice) -> bool:
+        """Whether neither ratio is above the other's by more than the tolerance."""
+        bar = 1 + TOLERANCE
+        return self.worst_ratio <= other.worst_ratio * bar and self.mean_ratio <= other.mean_ratio * bar
 
 
 def best_splits(times: Times) -> dict[str, dict[int, tuple[int, float]]]:
@@ -58,12 +65,13 @@ def cover(times: Times, tolerance: float = TOLERANCE) -> tuple[int, ...]:
 
 
 def for_all_contexts(
-    times: Times, kernels: Collection[int] | None = None, *, tolerance: float = TOLERANCE
+    times: Times, kernels: Collection[int] | None = None, *, worst_within: float = WORST_WITHIN
 ) -> BatchChoice | None:
-    """The one (kernel, splits) for all buckets of ``times``: least worst ratio, then least geometric mean.
+    """The one (kernel, splits) for all buckets of ``times``: least geometric mean of those whose worst ratio is within
+    ``worst_within`` of the least.
 
     Candidates are the points timed on every bucket, of ``kernels`` only where given; ratios are against the best time
-    of each bucket by any kernel. Among those whose worst ratio is within ``tolerance`` of the least, the mean decides.
+    of each bucket by any kernel. By the worst alone, a few percent of one bucket could cost a third of all others.
     None where no point was timed on every bucket.
     """
     rows = [row for row in times.values() if row]
@@ -80,7 +88,7 @@ def for_all_contexts(
         choices.append(BatchChoice(kernel, splits, max(ratios), mean))
     if not choices:
         return None
-    bar = min(c.worst_ratio for c in choices) * (1 + tolerance)
+    bar = min(c.worst_ratio for c in choices) * (1 + worst_within)
     return min((c for c in choices if c.worst_ratio <= bar), key=lambda c: (c.mean_ratio, c.kernel, c.splits))
 
 
