@@ -61,12 +61,12 @@ def draw(chooser: random.Random, problem: Problem, warps: int) -> dict[str, Valu
         values["beginning"] = "ordered"
     if values["reduction"].startswith("cluster"):
         values["schedule"] = "grid"
-    if values["reduction"] == "all_warps":
+    if values["reduction"] in ("all_warps", "all_threads"):
         if problem.layout.format.has_signs:
             values["reduction"] = "all"
         else:
             values["beginning"] = "prompt"
-    if values["reduction"] in ("all", "all_warps") and values["schedule"] in ("stream", "share"):
+    if values["reduction"].startswith("all") and values["schedule"] in ("stream", "share"):
         values["schedule"] = "deal"
     if values["schedule"] == "allot" and values["beginning"] != "prompt":
         values["schedule"] = "deal"
@@ -161,6 +161,7 @@ def test_block_sizes(block_size: int) -> None:
         PROMPT.with_(load="bulk", words="strided", head_warps=4, stages=1, schedule="grid", reduction="all"),
         PROMPT.with_(schedule="allot"),
         PROMPT.with_(schedule="allot", load="bulk_rows", warps=16, head_warps=8, lead=12, reduction="all_warps"),
+        PROMPT.with_(schedule="allot", load="bulk_rows", warps=16, head_warps=8, lead=12, reduction="all_threads"),
         PROMPT.with_(schedule="allot", warps=1, lead=8, reduction="kernel"),
         PERSISTENT.with_(warps=1, beginning="prompt"),
         DEFAULT.with_(lookup="shuffle", beginning="prompt"),

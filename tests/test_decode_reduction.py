@@ -44,6 +44,7 @@ WAITING: list[tuple[str, dict[str, Value]]] = [
     ("turboquant_4bit_nc", {}),
     ("turboquant_4bit_nc", PROMPT),
     ("turboquant_4bit_nc", PROMPT | {"reduction": "all_warps"}),
+    ("turboquant_4bit_nc", PROMPT | {"reduction": "all_threads"}),
     ("turboquant_outlier", {}),
 ]
 
@@ -53,6 +54,7 @@ WAITING: list[tuple[str, dict[str, Value]]] = [
     [
         *((name, values | {"schedule": schedule}) for schedule in ("grid", "deal") for name, values in WAITING),
         ("turboquant_4bit_nc", PROMPT | {"reduction": "all_warps", "schedule": "allot"}),
+        ("turboquant_4bit_nc", PROMPT | {"reduction": "all_threads", "schedule": "allot"}),
     ],
 )
 def test_contributors_that_wait_for_each_other(cache_format: str, values: dict[str, Value]) -> None:
@@ -67,7 +69,10 @@ def test_contributors_that_wait_for_each_other(cache_format: str, values: dict[s
     assert torch.equal(emulate_decode(config, case, 70), emulate_decode(config, case, 70, seed=3, concurrent_ctas=8))
 
 
-@pytest.mark.parametrize(("beginning", "reduction"), [("ordered", "all"), ("prompt", "all"), ("prompt", "all_warps")])
+@pytest.mark.parametrize(
+    ("beginning", "reduction"),
+    [("ordered", "all"), ("prompt", "all"), ("prompt", "all_warps"), ("prompt", "all_threads")],
+)
 @pytest.mark.parametrize(("patience", "concurrent_ctas"), [(0, 1), (0, 200), (1, 3), (100_000, 200)])
 def test_shares_are_added_up_once_however_long_one_waits(
     patience: int, concurrent_ctas: int, beginning: str, reduction: str, monkeypatch: pytest.MonkeyPatch
@@ -85,11 +90,14 @@ def test_shares_are_added_up_once_however_long_one_waits(
     ("gqa", "layout"),
     [(1, {"warps": 8}), (2, {"warps": 8, "head_warps": 2}), (3, {"warps": 4}), (5, {"warps": 8, "dim_warps": 2})],
 )
-def test_warps_divide_the_contributions_to_few_heads(gqa: int, layout: dict[str, Value]) -> None:
+@pytest.mark.parametrize(("reduction", "head_dim"), [("all_warps", 128), ("all_threads", 128), ("all_threads", 256)])
+def test_contributions_to_few_heads_are_divided(
+    gqa: int, layout: dict[str, Value], reduction: str, head_dim: int
+) -> None:
     """One at a time, where the last CTA takes every head, and together; so many contributions that one, two and four
-    warps have a head, and so few that one has."""
-    config = default_config(Problem("decode", 128, gqa, "turboquant_4bit_nc"))
-    config = config.with_(reduction="all_warps", beginning="prompt", **layout)
+    warps, or teams of two of them, have a head, and so few that one has."""
+    config = default_config(Problem("decode", head_dim, gqa, "turboquant_4bit_nc"))
+    config = config.with_(reduction=reduction, beginning="prompt", **layout)
     assert not get_space("decode").refusals(config, get_target("sm_90"))
     case = small_case(config, (4600, 90, 0, 1100))
     for splits, concurrent in ((9, 1), (40, 1), (40, 40)):

@@ -174,24 +174,27 @@ KERNELS = [
     decode(FORMAT, 128, 4, lookup="woven", query="paired", words="adjacent", schedule="deal", reduction="all"),
     decode(FORMAT, 128, 4, lookup="woven", query="paired", schedule="deal", reduction="all", beginning="prompt"),
     decode(FORMAT, 128, 4, lookup="woven", query="paired", schedule="allot", reduction="all_warps", beginning="prompt"),
+    decode(FORMAT, 256, 6, warps=8, schedule="allot", reduction="all_threads", beginning="prompt"),
     BORROWS,
 ]
 
 
-def divided() -> tuple[Config, Case]:
+def divided(reduction: str) -> tuple[Config, Case]:
     """A request of 41 contributions, which the last CTA's four warps divide."""
-    config = decode(FORMAT, 64, 1, warps=4, reduction="all_warps", beginning="prompt", schedule="allot")
+    config = decode(FORMAT, 64, 1, warps=4, reduction=reduction, beginning="prompt", schedule="allot")
     return config, synthetic_cache(config.problem.layout, (0, 17, 2600), q_heads=2, kv_heads=2)
 
 
-def test_contributions_that_warps_divide_have_no_races(root):
-    config, case = divided()
+@pytest.mark.parametrize("reduction", ["all_warps", "all_threads"])
+def test_contributions_that_warps_divide_have_no_races(root, reduction):
+    config, case = divided(reduction)
     out = emulate_decode(config, case, 60, seed=1, concurrent_ctas=2, races=True, root=root)
     assert worst_head_error(out, case.expected()) <= 5e-3
 
 
-def test_parts_that_are_added_up_too_early_are_a_race(root):
-    config, case = divided()
+@pytest.mark.parametrize("reduction", ["all_warps", "all_threads"])
+def test_parts_that_are_added_up_too_early_are_a_race(root, reduction):
+    config, case = divided(reduction)
     whole = render(config)
     meeting = "    if (log == 0) return;\n    sync_cta();\n"
     assert whole.text.count(meeting) == 1

@@ -27,10 +27,12 @@ def test_warps_that_divide_a_heads_contributions_are_powers_of_two_with_enough_e
     config = default_config(Problem("decode", 256, 8, "turboquant_4bit_nc")).with_(warps=8, beginning="prompt")
     plan = DecodePlan(config.with_(reduction="all_warps"))
     assert plan.sums_ahead == 8
-    found = [plan.share_warps(1, n) for n in (2, 16, 17, 32, 33, 64, 65, 132)]
+    found = [plan.share_parts(1, n) for n in (2, 16, 17, 32, 33, 64, 65, 132)]
     assert found == [1, 1, 2, 2, 4, 4, 8, 8]
-    assert [plan.share_warps(heads, 132) for heads in (1, 2, 3, 4, 5, 9)] == [8, 4, 2, 2, 1, 1]
-    assert DecodePlan(config.with_(reduction="all")).share_warps(1, 132) == 1
+    assert [plan.share_parts(heads, 132) for heads in (1, 2, 3, 4, 5, 9)] == [8, 4, 2, 2, 1, 1]
+    assert DecodePlan(config.with_(reduction="all")).share_parts(1, 132) == 1
+    teams = DecodePlan(config.with_(reduction="all_threads"))  # of two warps
+    assert [teams.share_parts(heads, 132) for heads in (1, 2, 3, 4, 5)] == [4, 2, 1, 1, 1]
 
 
 def test_recorded_kernels_are_renewed() -> None:
@@ -44,6 +46,11 @@ def test_recorded_kernels_are_renewed() -> None:
     dealt = bulk.with_(words="whole", schedule="deal")
     assert SPACE.renewed(dealt) == dealt
     assert SPACE.renewed(dealt.with_(beginning="prompt")) == dealt.with_(beginning="prompt", schedule="allot")
+    waiting = bulk.with_(words="whole", reduction="all")
+    assert SPACE.renewed(waiting) == waiting
+    for reduction in ("all", "all_warps"):
+        prompt = waiting.with_(reduction=reduction, beginning="prompt")
+        assert SPACE.renewed(prompt) == prompt.with_(reduction="all_threads")
     for name, allowed in (("turboquant_k3v4_nc", ["whole"]), ("turboquant_3bit_nc", []), ("turboquant_k8v4", [])):
         format_bulk = default_config(Problem("decode", 128, 4, name)).with_(load="bulk", head_warps=8, warps=8)
         ways = ("whole", "whole_adjacent")

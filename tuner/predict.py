@@ -158,8 +158,8 @@ def _reduction_us(config: Config, sharers: list[int], shape: Shape, target: Targ
     last = in_turn * rows * row_bytes / _CTA_BYTES_PER_CYCLE
     if plan.cluster == 1:
         # A warp has a head, or a part of one, and some of its contributions on their way at a time.
-        parts = plan.share_warps(rows, most)
-        trips = -(-in_turn // (parts * plan.sums_ahead)) * -(-rows * parts // config["warps"])
+        parts = plan.share_parts(rows, most)
+        trips = -(-in_turn // (parts * plan.sums_ahead)) * -(-rows * parts // (config["warps"] // plan.row_warps))
         last = max(last, trips * _TRIP_CYCLES)
     last /= target.clock_mhz
     return clustered_us + max(bytes_us, last) + 2 * levels * latency_us

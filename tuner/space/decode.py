@@ -27,9 +27,9 @@ AXES = (
     Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
     Axis(
         "reduction",
-        ("last", "kernel", "tree", "cluster2", "cluster4", "cluster8", "all", "all_warps"),
-        "who adds up splits: the last CTA, a second kernel, branches, first clusters of CTAs, or all, a share each "
-        "(whose contributions its warps divide)",
+        ("last", "kernel", "tree", "cluster2", "cluster4", "cluster8", "all", "all_warps", "all_threads"),
+        "who adds up splits: the last CTA, a second kernel, branches, first clusters of CTAs, or all, a share each, whose "
+        "contributions its warps divide or whose coefficients its threads do",
     ),
     Axis(
         "schedule",
@@ -81,7 +81,8 @@ def _overfills_gaps(plan: DecodePlan) -> bool:
 
 def _cannot_divide(config: Config) -> bool:
     plan = DecodePlan(config)
-    return not plan.prompt or config["warps"] > plan.query_rows * plan.merge_stripes
+    parts = config["warps"] // plan.row_warps
+    return not plan.prompt or not 0 < parts <= plan.query_rows * plan.merge_stripes
 
 
 def _lends(config: Config) -> bool:
@@ -173,8 +174,9 @@ CONSTRAINTS = (
     ),
     Constraint(
         "divided_shares",
-        "warps divide contributions with prompt beginnings, and where the merge buffer has a row for each of them",
-        lambda c, _: c["reduction"] == "all_warps" and _cannot_divide(c),
+        "contributions are divided with prompt beginnings, among as many warps as a row has vectors for and more, and where "
+        "the merge buffer has a row for each part",
+        lambda c, _: DecodePlan(c).divides_shares and _cannot_divide(c),
     ),
     Constraint(
         "held_query",
@@ -313,19 +315,19 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     split, split_whole = dealt | even, whole | even
     wanted = (
         whole | sixteen,
-        whole | sixteen | {"reduction": "all_warps"},
-        split_whole | sixteen | {"reduction": "all_warps"},
+        whole | sixteen | {"reduction": "all_threads"},
+        split_whole | sixteen | {"reduction": "all_threads"},
         split_whole | sixteen | {"reduction": "cluster2"},
-        whole | eight | {"reduction": "all_warps"},
-        split_whole | eight | {"reduction": "all_warps"},
+        whole | eight | {"reduction": "all_threads"},
+        split_whole | eight | {"reduction": "all_threads"},
         split_whole | eight | {"reduction": "cluster2"},
         dealt | {"warps": 8, "lookup": spread},
-        dealt | {"warps": 8, "lookup": spread, "reduction": "all_warps"},
+        dealt | {"warps": 8, "lookup": spread, "reduction": "all_threads"},
         dealt | halves,
-        dealt | halves | {"reduction": "all_warps"},
+        dealt | halves | {"reduction": "all_threads"},
         split | halves | {"reduction": "cluster8"},
         split | halves | {"reduction": "cluster2"},
-        split | halves | {"reduction": "all_warps"},
+        split | halves | {"reduction": "all_threads"},
         alone | lean | {"warps": 8, "lookup": spread, "reduction": "cluster8"},
         alone | lean | {"warps": 16, "lookup": spread, "reduction": "cluster2"},
         sliced | lean | {"lookup": spread, "reduction": "cluster8"},
@@ -347,8 +349,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         alone | lean | {"warps": 16, "lookup": spread},
         sliced | lean | {"stages": 4, "lookup": spread, "reduction": "cluster4"},
         sliced | lean | {"lookup": spread, "reduction": "tree"},
-        sliced | lean | {"lookup": spread, "reduction": "all_warps"},
-        alone | lean | {"warps": 8, "lookup": spread, "reduction": "all_warps"},
+        sliced | lean | {"lookup": spread, "reduction": "all_threads"},
+        alone | lean | {"warps": 8, "lookup": spread, "reduction": "all_threads"},
         sliced | {"lookup": spread},
         sliced | {"lookup": spread, "reduction": "tree"},
         alone | {"warps": 8, "lookup": spread},
@@ -371,17 +373,20 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         *(few | lean | {"head_warps": heads} for few in small for heads in (4, 2, 1) if kv_heads % heads == 0),
     )
     tried = [_config(problem, **w) for w in wanted if all(v in allowed[n] for n, v in w.items())]
-    known = [c.with_(reduction="all") if c["reduction"] == "all_warps" and _cannot_divide(c) else c for c in tried]
+    known = [c.with_(reduction="all") if c["reduction"] == "all_threads" and _cannot_divide(c) else c for c in tried]
     return tuple(dict.fromkeys(_best_words(c, kv_heads) if c["tail"] == "apart" else c for c in known))
 
 
 def _renewed(config: Config) -> Config:
-    """Reads its rows in whole words, and allots where it dealt, as far as it may."""
+    """Reads its rows in whole words, allots where it dealt and adds up by threads, as far as it may."""
     whole = {"strided": "whole", "adjacent": "whole_adjacent"}.get(str(config["words"]))
     if whole and has_rows_alike(config):
         config = config.with_(words=whole)
     dealt = config["schedule"] == "deal" and DecodePlan(config).prompt
-    return config.with_(schedule="allot") if dealt else config
+    if dealt:
+        config = config.with_(schedule="allot")
+    by_threads = config.with_(reduction="all_threads")
+    return by_threads if config["reduction"] in ("all", "all_warps") and not _cannot_divide(by_threads) else config
 
 
 DECODE = Space("decode", AXES, CONSTRAINTS, default_config, seed_config, lead_configs, _renewed)

@@ -217,12 +217,22 @@ class DecodeTraits:
     @property
     def waits(self) -> bool:
         """The contributors to a request wait for each other, and each adds up a share of the query heads."""
-        return self.config["reduction"] in ("all", "all_warps")
+        return self.config["reduction"] in ("all", "all_warps", "all_threads")
 
     @property
     def divides_shares(self) -> bool:
-        """Where a CTA's share has fewer heads than it has warps, several divide a head's contributions."""
-        return bool(self.config["reduction"] == "all_warps")
+        """Where a CTA's share has fewer heads than can be added up at a time, a head's contributions are divided."""
+        return self.config["reduction"] in ("all_warps", "all_threads")
+
+    @property
+    def by_vector(self) -> bool:
+        """Sums of several CTAs are added up by all threads, each of which has one vector of a row."""
+        return bool(self.config["reduction"] == "all_threads")
+
+    @property
+    def row_warps(self) -> int:
+        """Warps that share a row when contributions to it are added up: one, or as many as it has vectors for."""
+        return max(self.config.problem.layout.block_d // 128, 1) if self.by_vector else 1
 
     arrival_words = 4
     """Counters of a request and its CTAs' heads where they wait for each other."""
@@ -236,19 +246,22 @@ class DecodeTraits:
     @property
     def sums_ahead(self) -> int:
         """Contributions to a row whose sums travel at a time: as many as half a warp's registers hold, 2 to 8; with
-        everything in order by the head dim alone."""
+        everything in order by the head dim alone, and 8 where a thread has only a vector of each."""
         per_lane = self.config.problem.layout.block_d // 32
+        if self.by_vector:
+            return 8
         if not self.prompt:
             return 2 if per_lane > 8 else 4 if per_lane > 4 else 8
         threads = 32 * self.config["warps"] * self.config["min_ctas"]
         return int(min(max(_SM_REGISTERS // threads // 2 // per_lane, 2), 8))
 
-    def share_warps(self, heads: int, contributions: int) -> int:
-        """Warps that divide the contributions to each of the ``heads`` that a CTA adds up, as the kernel reckons."""
-        warps, most = 1, min(self.config["warps"] // heads, (contributions - 1) // self.sums_ahead)
-        while self.divides_shares and 2 * warps <= most:
-            warps *= 2
-        return warps
+    def share_parts(self, heads: int, contributions: int) -> int:
+        """Parts of the contributions to each of the ``heads`` that a CTA adds up, as the kernel reckons: a warp has one,
+        or several have it."""
+        parts, most = 1, min(self.config["warps"] // self.row_warps // heads, (contributions - 1) // self.sums_ahead)
+        while self.divides_shares and 2 * parts <= most:
+            parts *= 2
+        return parts
 
     branch = 8
     """Contributions to a request that one CTA adds up where ``reduction`` is "tree"."""
