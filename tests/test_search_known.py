@@ -40,8 +40,8 @@ def test_the_most_used_come_first_and_each_once() -> None:
     table, won = read(path), winners_here(PROBLEM, H200)
     uses = [sum(e.kernel == k.id for e in (*table.by_batch, *table.by_batch_and_context)) for k in table.kernels]
     first = max(zip(uses, table.kernels, strict=True), key=lambda pair: pair[0])[1]
-    assert 1 < len(set(won)) == len(won) <= len(table.kernels)
-    assert won[0] == get_space("decode").renewed(first.config(PROBLEM))
+    assert 1 < len(set(won)) == len(won) <= 2 * len(table.kernels)
+    assert won[0] == get_space("decode").renewed(first.config(PROBLEM))[0]
     others = winners_elsewhere(PROBLEM, H200)
     assert len(set(others)) == len(others) and set(others) >= set(winners_here(PROBLEM, "NVIDIA GB10"))
 

@@ -38,19 +38,19 @@ def test_warps_that_divide_a_heads_contributions_are_powers_of_two_with_enough_e
 def test_recorded_kernels_are_renewed() -> None:
     config = default_config(Problem("decode", 128, 4, "turboquant_4bit_nc"))
     bulk = config.with_(load="bulk", head_warps=8, warps=8)
-    assert SPACE.renewed(bulk) == bulk.with_(words="whole")
-    assert SPACE.renewed(bulk.with_(words="adjacent")) == bulk.with_(words="whole_adjacent")
+    assert SPACE.renewed(bulk) == (bulk.with_(words="whole"),)
+    assert SPACE.renewed(bulk.with_(words="adjacent")) == (bulk.with_(words="whole_adjacent"),)
     odd = bulk.with_(head_warps=1)  # 134 bytes between tokens
     for other in (config, odd, bulk.with_(words="whole")):
-        assert SPACE.renewed(other) == other
+        assert SPACE.renewed(other) == (other,)
     dealt = bulk.with_(words="whole", schedule="deal")
-    assert SPACE.renewed(dealt) == dealt
-    assert SPACE.renewed(dealt.with_(beginning="prompt")) == dealt.with_(beginning="prompt", schedule="allot")
+    assert SPACE.renewed(dealt) == (dealt,)
+    assert SPACE.renewed(dealt.with_(beginning="prompt")) == (dealt.with_(beginning="prompt", schedule="allot"),)
     waiting = bulk.with_(words="whole", reduction="all")
-    assert SPACE.renewed(waiting) == waiting
+    assert SPACE.renewed(waiting) == (waiting,)
     for reduction in ("all", "all_warps"):
         prompt = waiting.with_(reduction=reduction, beginning="prompt")
-        assert SPACE.renewed(prompt) == prompt.with_(reduction="all_threads")
+        assert SPACE.renewed(prompt) == (prompt.with_(reduction="all_threads"), prompt)
     for name, allowed in (("turboquant_k3v4_nc", ["whole"]), ("turboquant_3bit_nc", []), ("turboquant_k8v4", [])):
         format_bulk = default_config(Problem("decode", 128, 4, name)).with_(load="bulk", head_warps=8, warps=8)
         ways = ("whole", "whole_adjacent")

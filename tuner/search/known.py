@@ -37,6 +37,6 @@ def _winners(path: Path, problem: Problem) -> Iterator[Config]:
     served = Counter([e.kernel for e in table.by_batch] + [e.kernel for e in table.by_batch_and_context])
     for kernel in sorted(table.kernels, key=lambda k: -served[k.id]):
         try:
-            yield get_space(problem.op).renewed(kernel.config(problem))
+            yield from get_space(problem.op).renewed(kernel.config(problem))
         except TunerError:
             continue

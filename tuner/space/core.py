@@ -139,7 +139,7 @@ class Space:
     """The layout of the seed's kernel: four warps, one row or one KV head each."""
     leads: Callable[[Problem, int], tuple[Config, ...]] = lambda problem, kv_heads: ()
     """Layouts that tend to win for so many KV heads: a search tries those that are allowed before it samples."""
-    renewed: Callable[[Config], Config] = lambda config: config
+    renewed: Callable[[Config], tuple[Config, ...]] = lambda config: (config,)
     """A kernel that won before as a search tries it today: with what came since in the place of values of its."""
 
     def axis(self, name: str) -> Axis:

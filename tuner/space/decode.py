@@ -28,8 +28,8 @@ AXES = (
     Axis(
         "reduction",
         ("last", "kernel", "tree", "cluster2", "cluster4", "cluster8", "all", "all_warps", "all_threads"),
-        "who adds up splits: the last CTA, a second kernel, branches, first clusters of CTAs, or all, a share each, whose "
-        "contributions its warps divide or whose coefficients its threads do",
+        "who adds up splits: the last CTA, a second kernel, branches, first clusters of CTAs, or all, a share each, "
+        "whose contributions its warps divide or whose coefficients its threads do",
     ),
     Axis(
         "schedule",
@@ -174,8 +174,8 @@ CONSTRAINTS = (
     ),
     Constraint(
         "divided_shares",
-        "contributions are divided with prompt beginnings, among as many warps as a row has vectors for and more, and where "
-        "the merge buffer has a row for each part",
+        "contributions are divided with prompt beginnings, by warps enough for a row's vectors, and where the merge "
+        "buffer has a row for each part",
         lambda c, _: DecodePlan(c).divides_shares and _cannot_divide(c),
     ),
     Constraint(
@@ -313,6 +313,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     halves: dict[str, Value] = {"warps": 8, "dim_warps": 2 * dims, "lookup": spread}
     even: dict[str, Value] = {"schedule": "grid", "lead": 4}
     split, split_whole = dealt | even, whole | even
+    # With two tiles of query heads registers are so few that the code for a last step apart costs the loop some.
+    tightest = (split_whole | eight | {"reduction": "cluster2"}, whole | eight) if query == "joined" else ()
     wanted = (
         whole | sixteen,
         whole | sixteen | {"reduction": "all_threads"},
@@ -321,6 +323,7 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         whole | eight | {"reduction": "all_threads"},
         split_whole | eight | {"reduction": "all_threads"},
         split_whole | eight | {"reduction": "cluster2"},
+        *(tight | {"tail": "masked"} for tight in tightest),
         dealt | {"warps": 8, "lookup": spread},
         dealt | {"warps": 8, "lookup": spread, "reduction": "all_threads"},
         dealt | halves,
@@ -374,11 +377,13 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     )
     tried = [_config(problem, **w) for w in wanted if all(v in allowed[n] for n, v in w.items())]
     known = [c.with_(reduction="all") if c["reduction"] == "all_threads" and _cannot_divide(c) else c for c in tried]
-    return tuple(dict.fromkeys(_best_words(c, kv_heads) if c["tail"] == "apart" else c for c in known))
+    lately = [c["tail"] == "apart" or c["beginning"] == "prompt" for c in known]
+    return tuple(dict.fromkeys(_best_words(c, kv_heads) if new else c for c, new in zip(known, lately, strict=True)))
 
 
-def _renewed(config: Config) -> Config:
-    """Reads its rows in whole words, allots where it dealt and adds up by threads, as far as it may."""
+def _renewed(config: Config) -> tuple[Config, ...]:
+    """Reads its rows in whole words and allots where it dealt, as far as it may. Where it could add up by threads it
+    comes with both: what follows the loop decides which registers that has."""
     whole = {"strided": "whole", "adjacent": "whole_adjacent"}.get(str(config["words"]))
     if whole and has_rows_alike(config):
         config = config.with_(words=whole)
@@ -386,7 +391,9 @@ def _renewed(config: Config) -> Config:
     if dealt:
         config = config.with_(schedule="allot")
     by_threads = config.with_(reduction="all_threads")
-    return by_threads if config["reduction"] in ("all", "all_warps") and not _cannot_divide(by_threads) else config
+    if config["reduction"] in ("all", "all_warps") and not _cannot_divide(by_threads):
+        return by_threads, config
+    return (config,)
 
 
 DECODE = Space("decode", AXES, CONSTRAINTS, default_config, seed_config, lead_configs, _renewed)

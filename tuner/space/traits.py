@@ -256,8 +256,8 @@ class DecodeTraits:
         return int(min(max(_SM_REGISTERS // threads // 2 // per_lane, 2), 8))
 
     def share_parts(self, heads: int, contributions: int) -> int:
-        """Parts of the contributions to each of the ``heads`` that a CTA adds up, as the kernel reckons: a warp has one,
-        or several have it."""
+        """Parts of the contributions to each of the ``heads`` that a CTA adds up, as the kernel reckons; one or several
+        warps have a part."""
         parts, most = 1, min(self.config["warps"] // self.row_warps // heads, (contributions - 1) // self.sums_ahead)
         while self.divides_shares and 2 * parts <= most:
             parts *= 2
