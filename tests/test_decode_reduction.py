@@ -90,12 +90,14 @@ def test_shares_are_added_up_once_however_long_one_waits(
     ("gqa", "layout"),
     [(1, {"warps": 8}), (2, {"warps": 8, "head_warps": 2}), (3, {"warps": 4}), (5, {"warps": 8, "dim_warps": 2})],
 )
-@pytest.mark.parametrize(("reduction", "head_dim"), [("all_warps", 128), ("all_threads", 128), ("all_threads", 256)])
+@pytest.mark.parametrize(
+    ("reduction", "head_dim"), [("all_warps", 128), ("all_threads", 128), ("all_threads", 256), ("all_threads", 512)]
+)
 def test_contributions_to_few_heads_are_divided(
     gqa: int, layout: dict[str, Value], reduction: str, head_dim: int
 ) -> None:
     """One at a time, where the last CTA takes every head, and together; so many contributions that one, two and four
-    warps, or teams of two of them, have a head, and so few that one has."""
+    warps, or teams of two or four of them, have a head, and so few that one has."""
     config = default_config(Problem("decode", head_dim, gqa, "turboquant_4bit_nc"))
     config = config.with_(reduction=reduction, beginning="prompt", **layout)
     assert not get_space("decode").refusals(config, get_target("sm_90"))

@@ -180,8 +180,9 @@ KERNELS = [
 
 
 def divided(reduction: str) -> tuple[Config, Case]:
-    """A request of 41 contributions, which the last CTA's four warps divide."""
-    config = decode(FORMAT, 64, 1, warps=4, reduction=reduction, beginning="prompt", schedule="allot")
+    """A request of 41 contributions and more, which the last CTA's four warps divide, or its four teams of two."""
+    head_dim, warps = (64, 4) if reduction == "all_warps" else (256, 8)
+    config = decode(FORMAT, head_dim, 1, warps=warps, reduction=reduction, beginning="prompt", schedule="allot")
     return config, synthetic_cache(config.problem.layout, (0, 17, 2600), q_heads=2, kv_heads=2)
 
 

@@ -51,6 +51,8 @@ def test_recorded_kernels_are_renewed() -> None:
     for reduction in ("all", "all_warps"):
         prompt = waiting.with_(reduction=reduction, beginning="prompt")
         assert SPACE.renewed(prompt) == (prompt.with_(reduction="all_threads"), prompt)
+    by_threads = waiting.with_(reduction="all_threads", beginning="prompt")
+    assert SPACE.renewed(by_threads) == (by_threads, by_threads.with_(reduction="all_warps"))
     for name, allowed in (("turboquant_k3v4_nc", ["whole"]), ("turboquant_3bit_nc", []), ("turboquant_k8v4", [])):
         format_bulk = default_config(Problem("decode", 128, 4, name)).with_(load="bulk", head_warps=8, warps=8)
         ways = ("whole", "whole_adjacent")

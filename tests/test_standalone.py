@@ -74,7 +74,7 @@ def decode_configs() -> list[Config]:
     bulk = plain.with_(load="bulk", load_bytes=16, head_warps=4, schedule="stream")
     direct = plain.with_(load="direct", stages=1, reduction="kernel")
     rows = bulk.with_(load="bulk_rows", head_warps=8, warps=8)
-    waiting = plain.with_(reduction="all_warps", schedule="allot", beginning="prompt")
+    waiting = plain.with_(reduction="all_threads", schedule="allot", beginning="prompt")
     whole = bulk.with_(head_warps=8, warps=8, words="whole")
     return [plain, bulk, plain.with_(reduction="tree"), direct, rows, plain.with_(reduction="cluster8"), waiting, whole]
 

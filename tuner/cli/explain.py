@@ -18,7 +18,9 @@ from tuner.errors import UsageError
     "--context", type=int, metavar="N", help="Tokens of the longest request.  [default: any, as in a CUDA graph]"
 )
 @click.option("--kv-heads", type=int, metavar="N", help="KV heads on this GPU.  [default: as tuned]")
-@click.option("--ragged", is_flag=True, help="The longest request has at least twice the tokens of the mean.")
+@click.option(
+    "--ragged", is_flag=True, help="The longest request has at least twice the tokens of the mean, or nobody knows."
+)
 @debug_option
 def command(tables: tuple[Path, ...], batch: int, context: int | None, kv_heads: int | None, ragged: bool) -> None:
     """Say which kernel each of TABLES picks for a batch and context, and why.

@@ -140,7 +140,8 @@ class Space:
     leads: Callable[[Problem, int], tuple[Config, ...]] = lambda problem, kv_heads: ()
     """Layouts that tend to win for so many KV heads: a search tries those that are allowed before it samples."""
     renewed: Callable[[Config], tuple[Config, ...]] = lambda config: (config,)
-    """A kernel that won before as a search tries it today: with what came since in the place of values of its."""
+    """A kernel that won before as a search tries it today, in one way or more: with what came since in the place of
+    values of its."""
 
     def axis(self, name: str) -> Axis:
         for axis in self.axes:

@@ -377,23 +377,22 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     )
     tried = [_config(problem, **w) for w in wanted if all(v in allowed[n] for n, v in w.items())]
     known = [c.with_(reduction="all") if c["reduction"] == "all_threads" and _cannot_divide(c) else c for c in tried]
-    lately = [c["tail"] == "apart" or c["beginning"] == "prompt" for c in known]
-    return tuple(dict.fromkeys(_best_words(c, kv_heads) if new else c for c, new in zip(known, lately, strict=True)))
+    by_banks = [c["tail"] == "apart" or c["beginning"] == "prompt" for c in known]
+    return tuple(dict.fromkeys(_best_words(c, kv_heads) if b else c for c, b in zip(known, by_banks, strict=True)))
 
 
 def _renewed(config: Config) -> tuple[Config, ...]:
-    """Reads its rows in whole words and allots where it dealt, as far as it may. Where it could add up by threads it
-    comes with both: what follows the loop decides which registers that has."""
+    """Reads its rows in whole words and allots where it dealt, as far as it may. Where CTAs wait for each other it adds
+    up by threads and otherwise, for what follows the loop decides which registers that has."""
     whole = {"strided": "whole", "adjacent": "whole_adjacent"}.get(str(config["words"]))
     if whole and has_rows_alike(config):
         config = config.with_(words=whole)
-    dealt = config["schedule"] == "deal" and DecodePlan(config).prompt
-    if dealt:
+    if config["schedule"] == "deal" and DecodePlan(config).prompt:
         config = config.with_(schedule="allot")
-    by_threads = config.with_(reduction="all_threads")
-    if config["reduction"] in ("all", "all_warps") and not _cannot_divide(by_threads):
-        return by_threads, config
-    return (config,)
+    ways = [config.with_(reduction=way) for way in ("all_threads", "all_warps", "all")]
+    if config not in ways or _cannot_divide(ways[0]):
+        return (config,)
+    return ways[0], config if config != ways[0] else ways[2 if _cannot_divide(ways[1]) else 1]
 
 
 DECODE = Space("decode", AXES, CONSTRAINTS, default_config, seed_config, lead_configs, _renewed)

@@ -84,8 +84,8 @@ def explain(
 
 def mixes_lengths(batch: int, context: int | None, tokens: int | None) -> bool:
     """Whether ``batch`` requests of up to ``context`` tokens, ``tokens`` in all, are so unequal that a ragged bucket
-    stands for them: half as long as the longest, or less, in the mean. ``context`` has to be the longest request itself
-    then, not a bound. Without ``tokens`` they are taken to be unequal, as most batches are."""
+    stands for them: half as long as the longest, or less, in the mean. With ``tokens``, ``context`` has to be the
+    longest request itself, not a bound. Without, several requests are taken to be unequal, as most batches are."""
     if context is None or batch <= 1:
         return False
     return tokens is None or 2 * tokens <= batch * context
