@@ -53,6 +53,7 @@ AXES = (
         absent="ordered",
     ),
     Axis("lead", (4, 8, 12), "steps that a request's beginning counts as, where CTAs share requests out", absent=4),
+    Axis("squares", (1, 2, 4), "k-steps whose squares of a key are added up in halves before they reach fp32", absent=1),
 )
 
 
@@ -83,6 +84,11 @@ def _cannot_divide(config: Config) -> bool:
     plan = DecodePlan(config)
     parts = config["warps"] // plan.row_warps
     return not plan.prompt or not 0 < parts <= plan.query_rows * plan.merge_stripes
+
+
+def _cannot_chain(config: Config) -> bool:
+    plan = DecodePlan(config)
+    return not (plan.sums_squares and plan.precise) or plan.key_steps % plan.square_steps != 0
 
 
 def _lends(config: Config) -> bool:
@@ -151,6 +157,11 @@ CONSTRAINTS = (
         "precise_sums",
         "tensor cores multiply halves: without precise sums peaked scores and small values lose too much",
         lambda c, _: (c["accumulate"] == "precise") != (c["math"] == "mma"),
+    ),
+    Constraint(
+        "chained_squares",
+        "squares of keys are added up where tensor cores sum them, those of as many k-steps as divide a warp's",
+        lambda c, _: DecodePlan(c).chains_squares and _cannot_chain(c),
     ),
     Constraint(
         "clustered_splits",
@@ -306,6 +317,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         sixteen |= {"query": "joined"}
     beginning = "ordered" if problem.layout.format.has_signs else "prompt"
     lean: dict[str, Value] = {"tail": "apart", "query": query, "beginning": beginning}
+    if problem.layout.format.norm_correction:  # longer sums where they leave the loop's registers in peace
+        lean["squares"] = 2 if problem.layout.block_d <= 128 or problem.gqa > 8 else 4
     dealt = bulk | lean | {"schedule": "allot" if beginning == "prompt" else "deal"}
     if beginning == "prompt":
         dealt["lead"] = _lead(int(dealt["head_warps"]) * problem.gqa * problem.layout.block_d)
@@ -382,17 +395,21 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
 
 
 def _renewed(config: Config) -> tuple[Config, ...]:
-    """Reads its rows in whole words and allots where it dealt, as far as it may. Where CTAs wait for each other it adds
-    up by threads and otherwise, for what follows the loop decides which registers that has."""
+    """Reads its rows in whole words and allots where it dealt, as far as it may. With what decides which registers the
+    loop has it comes in several ways: where CTAs waited for each other it adds up by threads too, and squares of keys
+    are summed in halves of two k-steps, of four, and of one."""
     whole = {"strided": "whole", "adjacent": "whole_adjacent"}.get(str(config["words"]))
     if whole and has_rows_alike(config):
         config = config.with_(words=whole)
     if config["schedule"] == "deal" and DecodePlan(config).prompt:
         config = config.with_(schedule="allot")
-    ways = [config.with_(reduction=way) for way in ("all_threads", "all_warps", "all")]
-    if config not in ways or _cannot_divide(ways[0]):
-        return (config,)
-    return ways[0], config if config != ways[0] else ways[2 if _cannot_divide(ways[1]) else 1]
+    ways = [config]
+    if config["reduction"] in ("all", "all_warps") and not _cannot_divide(config.with_(reduction="all_threads")):
+        ways.insert(0, config.with_(reduction="all_threads"))
+    if DecodePlan(config).chains_squares:
+        return tuple(ways)
+    sums = [n for n in (2, 4, 1) if n == 1 or not _cannot_chain(config.with_(squares=n))]
+    return tuple(way.with_(squares=n) for n in sums for way in ways)
 
 
 DECODE = Space("decode", AXES, CONSTRAINTS, default_config, seed_config, lead_configs, _renewed)

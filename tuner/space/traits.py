@@ -15,10 +15,13 @@ _GRID_FACTOR = {3: 1.2606987953186035, 4: 1.7335957288742065}
 """Per index width, what brings all Lloyd-Max levels of N(0, 1) closest to halves (relative error of the set: 6e-6 for
 3 bits, 2.7e-5 for 4, against 1.7e-4 unscaled). Found by trying every multiple of 2^-24 from 1 to 2."""
 
-_SQUARE_MIDDLE = {3: 0.59765625, 4: 0.755859375}
-"""Likewise what is subtracted from the squares of those levels before they are rounded to halves: of all multiples of
-2^-8 what moves their sum over a row least (relative error at head dim 128: 9.6e-6 and 4.6e-6; without it 1.9e-5 and
-2.3e-5)."""
+_SQUARE_MIDDLE = {
+    1: {3: 0.59765625, 4: 0.755859375},
+    2: {3: 0.90234375, 4: 1.3671875},
+    4: {3: 3.8125, 4: 4.8125},
+}
+"""Likewise what is subtracted from the squares of those levels before they are rounded to halves, by how many are added
+up in a half, one after the other: of many multiples of 2^-8 what moves their sum over a row least."""
 
 _SM_REGISTERS = 65536
 """Of all targets."""
@@ -176,12 +179,23 @@ class DecodeTraits:
 
     @property
     def precise(self) -> bool:
-        """Squares of keys reach fp32 after every k-step, and softmax weights are halves of full precision."""
+        """Squares of keys reach fp32 as differences from their middle, and softmax weights are halves of full
+        precision."""
         return bool(self.config["accumulate"] == "precise")
 
     @property
+    def square_steps(self) -> int:
+        """k-steps whose squares are added up in halves before they reach fp32."""
+        return int(self.config["squares"])
+
+    @property
+    def chains_squares(self) -> bool:
+        return self.square_steps > 1
+
+    @property
     def square_middle(self) -> float:
-        return _SQUARE_MIDDLE[self.config.problem.layout.key.bits]
+        """What such a sum begins with, negative."""
+        return _SQUARE_MIDDLE[self.square_steps][self.config.problem.layout.key.bits]
 
     @property
     def minus_square_middle(self) -> int:
