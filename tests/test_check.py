@@ -18,7 +18,7 @@ from tuner.launch import cache_order
 from tuner.measure.peer import vllm_errors
 from tuner.reference import Case, dequantize
 from tuner.space import Problem, default_config
-from tuner.space.decode import lead_configs
+from tuner.space.decode_landmarks import lead_configs
 from tuner.suits import reads_head_major, refusal
 
 PROBLEM = Problem("decode", 64, 4, "turboquant_4bit_nc")

@@ -20,7 +20,8 @@ from tuner.reference import Case, Codec, bulk_case, codebook, make_cache, store,
 from tuner.render import render
 from tuner.space import Config, Problem, default_config, get_space, seed_config
 from tuner.space.core import Value
-from tuner.space.decode import direct_variant, has_rows_alike, has_unaligned_fields
+from tuner.space.decode_axes import has_rows_alike, has_unaligned_fields
+from tuner.space.decode_landmarks import direct_variant
 from tuner.space.plan import DecodePlan
 from tuner.suits import suited
 from tuner.table import read
@@ -47,6 +48,8 @@ def draw(chooser: random.Random, problem: Problem, warps: int) -> dict[str, Valu
     else:
         values["accumulate"] = chooser.choice(("f32", "f16x2"))
         values["query"] = "shared"
+    if values["math"] != "mma" or not problem.layout.format.norm_correction:
+        values["squares"] = 1
     if values["query"] == "paired" and problem.gqa > 4:
         values["query"] = "joined"
     if not problem.layout.format.key_codebook:

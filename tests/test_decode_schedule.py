@@ -16,7 +16,7 @@ from tuner.abi import DecodeParams
 from tuner.emulate import Launch, emulate
 from tuner.render import Source, render
 from tuner.space import Config, Problem
-from tuner.space.decode import default_config
+from tuner.space.decode_landmarks import default_config
 from tuner.space.plan import DecodePlan
 
 Part = tuple[int, int, int, int, int, int]

@@ -9,7 +9,7 @@ import pytest
 from tuner.render import render
 from tuner.space import Config, Problem, default_config
 from tuner.space.banks import _token, token_pitch, word_reads
-from tuner.space.decode import lead_configs
+from tuner.space.decode_landmarks import lead_configs
 from tuner.space.plan import DecodePlan
 
 FORMAT = "turboquant_4bit_nc"

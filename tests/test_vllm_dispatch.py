@@ -17,7 +17,7 @@ import torch
 from tuner.errors import TunerError
 from tuner.geometry import decode_scratch, dynamic_shared_bytes, split_candidates
 from tuner.space import Config, Problem, default_config
-from tuner.space.decode import direct_variant
+from tuner.space.decode_landmarks import direct_variant
 from tuner.suits import CacheOrder
 from tuner.table import (
     BatchEntry,

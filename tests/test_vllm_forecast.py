@@ -16,7 +16,7 @@ from tuner.cli.install import command as install
 from tuner.errors import TunerError, UsageError
 from tuner.launch import cache_order
 from tuner.reference import synthetic_cache
-from tuner.space.decode import direct_variant
+from tuner.space.decode_landmarks import direct_variant
 from tuner.vllm import diagnose, log, plugin, versions
 from tuner.vllm.defaults import build_defaults, find, read, write
 from tuner.vllm.dispatch import Chosen

@@ -1,7 +1,7 @@
 """Which caches a kernel can read: its way of loading wants a memory order and an alignment.
 
 The caller's cache fixes both at run time, so this is no constraint of the space: whoever launches asks here and falls
-back on plain loads (of decode attention on ``space.decode.direct_variant``, of dequantisation on its default).
+back on plain loads (decode attention on ``space.decode_landmarks.direct_variant``, dequantisation on its default).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tuner.space import Config
-from tuner.space.decode import direct_variant
+from tuner.space.decode_landmarks import direct_variant
 from tuner.space.plan import DecodePlan
 from tuner.space.traits import GROUP_TOKENS
 

@@ -93,7 +93,7 @@ def build_defaults(problems: Sequence[Problem], arch: str, root: Path = Path("bu
     from tuner.errors import TunerError
     from tuner.render import render
     from tuner.space import default_config
-    from tuner.space.decode import direct_variant
+    from tuner.space.decode_landmarks import direct_variant
 
     wanted = [(p, [render(default_config(p)), render(direct_variant(default_config(p)))]) for p in problems]
     results = build([s for _, sources in wanted for s in sources], [arch], root=root)
