@@ -17,11 +17,11 @@ _GRID_FACTOR = {3: 1.2606987953186035, 4: 1.7335957288742065}
 
 _SQUARE_MIDDLE = {
     1: {3: 0.59765625, 4: 0.755859375},
-    2: {3: 0.90234375, 4: 1.3671875},
+    2: {3: 2.798828125, 4: 3.9609375},
     4: {3: 3.8125, 4: 4.8125},
 }
 """Likewise what is subtracted from the squares of those levels before they are rounded to halves, by how many are added
-up in a half, one after the other: of many multiples of 2^-8 what moves their sum over a row least."""
+up in a half, one after the other: of many multiples of 2^-9 what moves their sum over a row least."""
 
 _SM_REGISTERS = 65536
 """Of all targets."""
