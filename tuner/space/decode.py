@@ -83,7 +83,8 @@ CONSTRAINTS = (
     ),
     Constraint(
         "chained_squares",
-        "squares of keys are added up where tensor cores sum them, those of as many k-steps as divide a warp's",
+        "squares of keys are added up where tensor cores sum them, over as many k-steps as divide a warp's, and four for "
+        "3-bit keys alone: of 4-bit keys that many would cost a peaked softmax what the gate allows",
         lambda c, _: DecodePlan(c).chains_squares and cannot_chain(c),
     ),
     Constraint(

@@ -81,6 +81,7 @@ def cannot_divide(config: Config) -> bool:
 
 
 def cannot_chain(config: Config) -> bool:
-    """Whether squares could not be added up over as many k-steps as ``config`` has it."""
+    """Whether squares may not be added up over as many k-steps as ``config`` has it."""
     plan = DecodePlan(config)
-    return not (plan.sums_squares and plan.precise) or plan.key_steps % plan.square_steps != 0
+    divides = plan.key_steps % plan.square_steps == 0
+    return not (plan.sums_squares and plan.precise and plan.exact_squares and divides)

@@ -102,8 +102,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         sixteen |= {"query": "joined"}
     beginning = "ordered" if problem.layout.format.has_signs else "prompt"
     lean: dict[str, Value] = {"tail": "apart", "query": query, "beginning": beginning}
-    if problem.layout.format.norm_correction:  # longer sums where they leave the loop's registers in peace
-        lean["squares"] = 2 if problem.layout.block_d <= 128 or problem.gqa > 8 else 4
+    if problem.layout.format.norm_correction:
+        lean["squares"] = 4 if problem.layout.key.bits == 3 else 2
     dealt = bulk | lean | {"schedule": "allot" if beginning == "prompt" else "deal"}
     if beginning == "prompt":
         dealt["lead"] = _lead(int(dealt["head_warps"]) * problem.gqa * problem.layout.block_d)
@@ -182,7 +182,7 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
 def renewed(config: Config) -> tuple[Config, ...]:
     """Reads its rows in whole words and allots where it dealt, as far as it may. With what decides which registers the
     loop has it comes in several ways: where CTAs waited for each other it adds up by threads too, and squares of keys
-    are summed in halves of two k-steps, of four, and of one."""
+    are summed in halves of two k-steps, of four where that is exact enough, and of one."""
     whole = {"strided": "whole", "adjacent": "whole_adjacent"}.get(str(config["words"]))
     if whole and has_rows_alike(config):
         config = config.with_(words=whole)

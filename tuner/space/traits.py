@@ -18,10 +18,11 @@ _GRID_FACTOR = {3: 1.2606987953186035, 4: 1.7335957288742065}
 _SQUARE_MIDDLE = {
     1: {3: 0.59765625, 4: 0.755859375},
     2: {3: 2.798828125, 4: 3.9609375},
-    4: {3: 3.8125, 4: 4.8125},
+    4: {3: 3.8125},
 }
 """Likewise what is subtracted from the squares of those levels before they are rounded to halves, by how many are added
-up in a half, one after the other: of many multiples of 2^-9 what moves their sum over a row least."""
+up in a half, one after the other: of many multiples of 2^-9 what moves their sum over a row least. With four of them
+rows of 4-bit levels are off by so much that peaked softmaxes pass the gate only just, whatever is subtracted."""
 
 _SM_REGISTERS = 65536
 """Of all targets."""
@@ -191,6 +192,11 @@ class DecodeTraits:
     @property
     def chains_squares(self) -> bool:
         return self.square_steps > 1
+
+    @property
+    def exact_squares(self) -> bool:
+        """Their sums keep a key's length well within what the gate allows."""
+        return self.config.problem.layout.key.bits in _SQUARE_MIDDLE[self.square_steps]
 
     @property
     def square_middle(self) -> float:
