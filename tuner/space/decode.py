@@ -83,8 +83,8 @@ CONSTRAINTS = (
     ),
     Constraint(
         "chained_squares",
-        "squares of keys are added up where tensor cores sum them, over as many k-steps as divide a warp's, and four for "
-        "3-bit keys alone: of 4-bit keys that many would cost a peaked softmax what the gate allows",
+        "squares of keys are added up where tensor cores sum them, over as many k-steps as divide a warp's, and over "
+        "four for 3-bit keys alone: of 4-bit keys those would cost a peaked softmax what the gate allows",
         lambda c, _: DecodePlan(c).chains_squares and cannot_chain(c),
     ),
     Constraint(
