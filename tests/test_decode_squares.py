@@ -28,40 +28,35 @@ QUERIES: dict[str, tuple[int, dict[str, Value]]] = {
 time (spread, woven), some k-step by k-step."""
 
 
-CHAINS = tuple((f, n) for f in FORMATS for n in (2, 4) if n == 2 or f != "turboquant_4bit_nc")
-"""Four squares of 4-bit levels are too many."""
-
-
-def chained(cache_format: str, head_dim: int, squares: int, query: str) -> Config:
+def chained(cache_format: str, head_dim: int, query: str) -> Config:
     gqa, layout = QUERIES[query]
     config = default_config(Problem("decode", head_dim, gqa, cache_format))
-    return config.with_(squares=squares, query=query, stages=1, **layout)
-
-
-def all_chains() -> list[tuple[str, int, int, str]]:
-    return [(f, d, n, q) for (f, n), d, q in product(CHAINS, (128, 256), QUERIES)]
+    return config.with_(squares=2, query=query, stages=1, **layout)
 
 
 @pytest.fixture(scope="module")
 def compiled() -> None:
-    compile_many([render(chained(*values)) for values in all_chains()], jobs=2)
+    compile_many([render(chained(*values)) for values in product(FORMATS, (128, 256), QUERIES)], jobs=2)
 
 
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize(("cache_format", "head_dim", "squares", "query"), all_chains())
-def test_chains_of_squares_agree_with_the_reference(cache_format: str, head_dim: int, squares: int, query: str) -> None:
-    config = chained(cache_format, head_dim, squares, query)
+@pytest.mark.parametrize("query", QUERIES)
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("cache_format", FORMATS)
+def test_chains_of_squares_agree_with_the_reference(cache_format: str, head_dim: int, query: str) -> None:
+    config = chained(cache_format, head_dim, query)
     assert not get_space("decode").refusals(config, get_target("sm_90"))
     check(config, small_case(config, (150, 0, 1, 33)))
 
 
-@pytest.mark.parametrize(("cache_format", "squares"), CHAINS)
-def test_scores_of_many_nats_see_exact_lengths(cache_format: str, squares: int) -> None:
+@pytest.mark.parametrize("cache_format", FORMATS)
+def test_scores_of_many_nats_see_exact_lengths(cache_format: str) -> None:
     """Scores deviate by about 50: whatever moves a key's length by 1e-5 moves its weight by a thousandth."""
-    config = default_config(Problem("decode", 128, 4, cache_format)).with_(squares=squares)
-    for seed in range(3):
-        case = bulk_case(config.problem.layout, (1024, 1021, 700), q_heads=32, kv_heads=8, seed=seed)
-        check(config, replace(case, query=case.query * 30))
+    config = default_config(Problem("decode", 128, 4, cache_format)).with_(squares=2)
+    lengths = tuple(1024 - 3 * i for i in range(16))
+    for seed in range(6):
+        case = bulk_case(config.problem.layout, lengths, q_heads=16, kv_heads=4, seed=seed)
+        check(config, replace(case, query=case.query * 30), splits=1)
 
 
 def coded_rows(bits: int, head_dim: int) -> np.ndarray:
@@ -84,7 +79,6 @@ def squared_lengths(rows: np.ndarray, middle: float, steps: int) -> np.ndarray:
 LENGTH_ERRORS = {
     (3, 1): (1.8e-4, 1.2e-5),
     (3, 2): (1.6e-5, 2e-5),
-    (3, 4): (9e-5, 4e-5),
     (4, 1): (1.1e-4, 5.2e-6),
     (4, 2): (1.6e-5, 2.6e-5),
 }

@@ -68,6 +68,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Config, str]
 LEAN: list[tuple[str, int, int, dict[str, Any]]] = [
     (FORMAT, 128, 4, {}),
     (FORMAT, 128, 4, {"tail": "apart", "schedule": "deal"}),
+    (FORMAT, 128, 4, {"squares": 2}),
     (FORMAT, 128, 3, {"query": "paired", "tail": "apart"}),
     (FORMAT, 256, 8, {"words": "adjacent", "lookup": "woven", "tail": "apart", "tokens": 32, "dim_warps": 2}),
     (FORMAT, 128, 16, {"query": "joined", "tail": "apart", "reduction": "all"}),

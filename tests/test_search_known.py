@@ -66,8 +66,8 @@ def test_what_won_before_is_tried_with_what_came_since(tmp_path: Path, monkeypat
     ("cache_format", "sums"),
     [
         ("turboquant_4bit_nc", [2, 1]),
-        ("turboquant_k3v4_nc", [2, 4, 1]),
-        ("turboquant_3bit_nc", [2, 4, 1]),
+        ("turboquant_k3v4_nc", [2, 1]),
+        ("turboquant_3bit_nc", [2, 1]),
         ("turboquant_k8v4", [1]),
     ],
 )

@@ -83,8 +83,7 @@ CONSTRAINTS = (
     ),
     Constraint(
         "chained_squares",
-        "squares of keys are added up where tensor cores sum them, over as many k-steps as divide a warp's, and over "
-        "four for 3-bit keys alone: of 4-bit keys those would cost a peaked softmax what the gate allows",
+        "squares of several k-steps are added up in halves where tensor cores normalise keys, precisely",
         lambda c, _: DecodePlan(c).chains_squares and cannot_chain(c),
     ),
     Constraint(

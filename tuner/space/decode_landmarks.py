@@ -103,7 +103,7 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     beginning = "ordered" if problem.layout.format.has_signs else "prompt"
     lean: dict[str, Value] = {"tail": "apart", "query": query, "beginning": beginning}
     if problem.layout.format.norm_correction:
-        lean["squares"] = 4 if problem.layout.key.bits == 3 else 2
+        lean["squares"] = 2
     dealt = bulk | lean | {"schedule": "allot" if beginning == "prompt" else "deal"}
     if beginning == "prompt":
         dealt["lead"] = _lead(int(dealt["head_warps"]) * problem.gqa * problem.layout.block_d)
@@ -182,7 +182,7 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
 def renewed(config: Config) -> tuple[Config, ...]:
     """Reads its rows in whole words and allots where it dealt, as far as it may. With what decides which registers the
     loop has it comes in several ways: where CTAs waited for each other it adds up by threads too, and squares of keys
-    are summed in halves of two k-steps, of four where that is exact enough, and of one."""
+    are summed in halves of two k-steps and of one."""
     whole = {"strided": "whole", "adjacent": "whole_adjacent"}.get(str(config["words"]))
     if whole and has_rows_alike(config):
         config = config.with_(words=whole)
@@ -193,5 +193,5 @@ def renewed(config: Config) -> tuple[Config, ...]:
         ways.insert(0, config.with_(reduction="all_threads"))
     if DecodePlan(config).chains_squares:
         return tuple(ways)
-    sums = [n for n in (2, 4, 1) if n == 1 or not cannot_chain(config.with_(squares=n))]
-    return tuple(way.with_(squares=n) for n in sums for way in ways)
+    pairs = [way.with_(squares=2) for way in ways]
+    return (*(way for way in pairs if not cannot_chain(way)), *ways)

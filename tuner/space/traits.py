@@ -15,14 +15,10 @@ _GRID_FACTOR = {3: 1.2606987953186035, 4: 1.7335957288742065}
 """Per index width, what brings all Lloyd-Max levels of N(0, 1) closest to halves (relative error of the set: 6e-6 for
 3 bits, 2.7e-5 for 4, against 1.7e-4 unscaled). Found by trying every multiple of 2^-24 from 1 to 2."""
 
-_SQUARE_MIDDLE = {
-    1: {3: 0.59765625, 4: 0.755859375},
-    2: {3: 2.798828125, 4: 3.9609375},
-    4: {3: 3.8125},
-}
+_SQUARE_MIDDLE = {1: {3: 0.59765625, 4: 0.755859375}, 2: {3: 2.798828125, 4: 3.9609375}}
 """Likewise what is subtracted from the squares of those levels before they are rounded to halves, by how many are added
-up in a half, one after the other: of many multiples of 2^-9 what moves their sum over a row least. With four of them
-rows of 4-bit levels are off by so much that peaked softmaxes pass the gate only just, whatever is subtracted."""
+up in a half, one after the other: of all multiples of 2^-9 what moves their sum over a row least. With four of them a
+row would be off by more than the gate allows where softmaxes are peaked, whatever is subtracted."""
 
 _SM_REGISTERS = 65536
 """Of all targets."""
@@ -192,11 +188,6 @@ class DecodeTraits:
     @property
     def chains_squares(self) -> bool:
         return self.square_steps > 1
-
-    @property
-    def exact_squares(self) -> bool:
-        """Their sums keep a key's length well within what the gate allows."""
-        return self.config.problem.layout.key.bits in _SQUARE_MIDDLE[self.square_steps]
 
     @property
     def square_middle(self) -> float:
