@@ -49,6 +49,14 @@ def test_chains_of_squares_agree_with_the_reference(cache_format: str, head_dim:
     check(config, small_case(config, (150, 0, 1, 33)))
 
 
+@pytest.mark.parametrize(("cache_format", "words"), [(FORMATS[0], "whole_adjacent"), (FORMATS[1], "whole")])
+def test_chains_of_squares_in_rows_that_begin_within_words(cache_format: str, words: str) -> None:
+    """As what wins on an H200 reads them."""
+    config = chained(cache_format, 256, "registers").with_(load="bulk", warps=8, head_warps=4, words=words, tokens=32)
+    assert not get_space("decode").refusals(config, get_target("sm_90"))
+    check(config, small_case(config, (150, 0, 1, 33)))
+
+
 @pytest.mark.parametrize("cache_format", FORMATS)
 def test_scores_of_many_nats_see_exact_lengths(cache_format: str) -> None:
     """Scores deviate by about 50: whatever moves a key's length by 1e-5 moves its weight by a thousandth."""

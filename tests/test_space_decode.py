@@ -52,6 +52,6 @@ def test_squares_are_chained_as_precise_sums_of_tensor_cores_only() -> None:
     config = default_config(Problem("decode", 64, 4, "turboquant_3bit_nc")).with_(squares=2)
     assert refusals(config) == []
     for accumulate in ("f32", "f16x2"):
-        on_cores = config.with_(math="fma", accumulate=accumulate)
-        assert refusals(on_cores) == ["chained_squares"] and refusals(on_cores.with_(squares=1)) == []
+        without = config.with_(math="fma", accumulate=accumulate)
+        assert refusals(without) == ["chained_squares"] and refusals(without.with_(squares=1)) == []
     assert refusals(config.with_(accumulate="f32")) == ["precise_sums", "chained_squares"]

@@ -57,8 +57,8 @@ def hot_loop(sass: SassFacts) -> Loop:
 
 
 def _matrix_instructions(config: Config) -> int:
-    """Of one step: the query's halves (together where they are paired) and the values, outliers included, one for the
-    squared lengths of so many k-steps, one for the sum of weights."""
+    """Of one step: the query's halves (together where they are paired) and the values, outliers included, one for every
+    one or two k-steps' squared lengths, one for the sum of weights."""
     plan = DecodePlan(config)
     per_group = (2 if plan.paired else 3) * plan.head_tiles * (plan.key_steps + plan.outlier_steps)
     if plan.sums_squares:

@@ -180,9 +180,9 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
 
 
 def renewed(config: Config) -> tuple[Config, ...]:
-    """Reads its rows in whole words and allots where it dealt, as far as it may. With what decides which registers the
-    loop has it comes in several ways: where CTAs waited for each other it adds up by threads too, and squares of keys
-    are summed in halves of two k-steps and of one."""
+    """Reads its rows in whole words and allots where it dealt, as far as it may. What changes the loop's registers is
+    tried both ways: where CTAs waited for each other it adds up by threads too, and squares of keys are added up over
+    two k-steps and over one."""
     whole = {"strided": "whole", "adjacent": "whole_adjacent"}.get(str(config["words"]))
     if whole and has_rows_alike(config):
         config = config.with_(words=whole)
