@@ -47,6 +47,16 @@ def test_the_most_used_come_first_and_each_once() -> None:
     assert len(set(others)) == len(others) and set(others) >= set(winners_here(PROBLEM, "NVIDIA GB10"))
 
 
+def test_every_kernel_is_tried_one_way_before_any_in_a_second() -> None:
+    problem, space = Problem("decode", 128, 4, "turboquant_3bit_nc"), get_space("decode")
+    path = find(problem, H200)
+    assert path is not None
+    ways = [space.renewed(kernel.config(problem)) for kernel in read(path, cubins=False).kernels]
+    assert max(map(len, ways)) > 1
+    firsts = {way[0] for way in ways}
+    assert set(winners_here(problem, H200)[: len(firsts)]) == firsts
+
+
 def test_what_won_before_is_tried_with_what_came_since(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table from before whole words were read, which its bulk copies allow."""
     problem = Problem("decode", 256, 8, "turboquant_4bit_nc")

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import zip_longest
 from pathlib import Path
 
 from tuner.errors import TunerError
@@ -29,14 +31,16 @@ def winners_elsewhere(problem: Problem, device_name: str) -> tuple[Config, ...]:
 
 
 def _winners(path: Path, problem: Problem) -> Iterator[Config]:
-    """None of a table that is damaged or has values of an older space: no search fails for it."""
+    """None of a table that is damaged or has values of an older space: no search fails for it. Of kernels to be tried in
+    several ways every one's first way comes before any one's second, so that a short search has met all of them."""
     try:
         table = read(path, cubins=False)
     except TunerError:
         return
     served = Counter([e.kernel for e in table.by_batch] + [e.kernel for e in table.by_batch_and_context])
+    ways: list[tuple[Config, ...]] = []
     for kernel in sorted(table.kernels, key=lambda k: -served[k.id]):
-        try:
-            yield from get_space(problem.op).renewed(kernel.config(problem))
-        except TunerError:
-            continue
+        with suppress(TunerError):
+            ways.append(get_space(problem.op).renewed(kernel.config(problem)))
+    for in_turn in zip_longest(*ways):
+        yield from (config for config in in_turn if config is not None)
