@@ -31,8 +31,8 @@ def winners_elsewhere(problem: Problem, device_name: str) -> tuple[Config, ...]:
 
 
 def _winners(path: Path, problem: Problem) -> Iterator[Config]:
-    """None of a table that is damaged or has values of an older space: no search fails for it. Of kernels to be tried in
-    several ways every one's first way comes before any one's second, so that a short search has met all of them."""
+    """None of a table that is damaged or has values of an older space: no search fails for it. Of kernels to be tried
+    in several ways every one's first way comes before any one's second, so that a short search has met all of them."""
     try:
         table = read(path, cubins=False)
     except TunerError:

@@ -191,7 +191,6 @@ def renewed(config: Config) -> tuple[Config, ...]:
     ways = [config]
     if config["reduction"] in ("all", "all_warps") and not cannot_divide(config.with_(reduction="all_threads")):
         ways.insert(0, config.with_(reduction="all_threads"))
-    if DecodePlan(config).chains_squares:
-        return tuple(ways)
-    pairs = [way.with_(squares=2) for way in ways]
-    return (*(way for way in pairs if not cannot_chain(way)), *ways)
+    if config["squares"] == 1 and not cannot_chain(config):
+        ways = [*(way.with_(squares=2) for way in ways), *ways]
+    return tuple(ways)

@@ -17,7 +17,7 @@ _GRID_FACTOR = {3: 1.2606987953186035, 4: 1.7335957288742065}
 
 _SQUARE_MIDDLE = {1: {3: 0.59765625, 4: 0.755859375}, 2: {3: 2.798828125, 4: 3.9609375}}
 """Likewise what is subtracted from the squares of those levels before they are rounded to halves, by how many are added
-up in a half, one after the other: of multiples of 2^-9 that whose rounding varies least from row to row (what all rows
+up in a half, one after the other: the multiple of 2^-9 with which rounding varies least from row to row (what all rows
 have in common scales all scores). With four of them peaked softmaxes would be off by more than the gate allows."""
 
 _SM_REGISTERS = 65536
