@@ -9,7 +9,8 @@
 A step is a command of its own, bounded in time; its output goes to --work, its last lines to the terminal. What ended
 with 0 is not run again. New tables go to --work/tables with their kernels, from where `--publish` copies them into the
 package. GPUs at work on one host make each other's launches late (by 1.4 to 1.8 us on the H200s tried): tables may be
-made so, since all kernels are as late, but figures are better measured without --gpus.
+made so, since all kernels are as late, but figures are better measured without --gpus. The cores are divided among the
+GPUs' steps: where each of four searches compiled on all of them, the gate took what their races had of time.
 """
 
 from __future__ import annotations
@@ -125,6 +126,13 @@ def visible(gpu: str) -> str:
     return ours[int(gpu)] if ours else gpu
 
 
+def share_of_cores(number: int, of: int) -> set[int]:
+    """Cores of the ``number``th of ``of`` threads: those that this process may use, divided; at least one, shared
+    where there are too few."""
+    cores = sorted(os.sched_getaffinity(0))
+    return set(cores[number::of]) or {cores[number % len(cores)]}
+
+
 class Ledger:
     """Which steps are done, kept in a file."""
 
@@ -190,7 +198,9 @@ def carry_out(
     asked = [s for s in steps if s not in done_before]
     line, left_over, lock = Line(asked), set[str](), threading.Lock()
 
-    def work_on(gpu: str | None) -> None:
+    def work_on(gpu: str | None, cores: set[int] | None = None) -> None:
+        if cores is not None:
+            os.sched_setaffinity(0, cores)  # this thread's, and that of what it starts
         while (step := line.take()) is not None:
             left = deadline - time.monotonic()
             log, start = work / f"{step.name}.log", time.monotonic()
@@ -213,7 +223,8 @@ def carry_out(
     else:
         with ThreadPoolExecutor(len(gpus)) as pool:
             try:
-                for future in [pool.submit(work_on, gpu) for gpu in gpus]:
+                parts = [share_of_cores(n, len(gpus)) for n in range(len(gpus))]
+                for future in [pool.submit(work_on, *both) for both in zip(gpus, parts, strict=True)]:
                     future.result()
             finally:
                 stop.set()  # an interrupt ends what runs, and nothing else begins

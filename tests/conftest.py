@@ -10,14 +10,25 @@ from pathlib import Path
 import pytest
 
 
+def _gpus() -> list[str]:
+    """Which GPUs the tests may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name]
+    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+
+
 def pytest_xdist_auto_num_workers() -> int | None:
-    """One process where there is a GPU, since tests time kernels on it; else None: as many as cores."""
-    return 1 if Path("/dev/nvidiactl").exists() else None
+    """One process for each GPU, since tests time kernels on it; None where there is none: as many as cores."""
+    return len(_gpus()) or None
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """A shell starts what runs in the background with SIGINT ignored, and so would every process of a test be. The
-    tests' processes are as many as cores, so torch has one thread in each."""
+    tests' processes are as many as cores, so torch has one thread in each. Of several GPUs each process has its own."""
+    if hasattr(config, "workerinput") and (gpus := _gpus()):
+        number = int(config.workerinput["workerid"].removeprefix("gw"))
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

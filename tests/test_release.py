@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,18 @@ def test_gpus_share_the_steps_and_wait_for_what_comes_before(tmp_path: Path) -> 
     steps = [last, step("a", code), step("b", code), bad]
     assert carry_out(steps, tmp_path / "work", 90, gpus=("4", "7")) == ["bad"]
     assert set(json.loads((tmp_path / "work/done.json").read_text())) == {"last", "a", "b"}
+
+
+def test_cores_are_divided_among_gpus(tmp_path: Path) -> None:
+    code = f"import os; open({str(tmp_path)!r} + '/' + os.environ['CUDA_VISIBLE_DEVICES'], 'w').write(" \
+        "repr(sorted(os.sched_getaffinity(0)))); import time; time.sleep(1)"
+    before = os.sched_getaffinity(0)
+    assert carry_out([step("a", code), step("b", code)], tmp_path / "work", 60, gpus=("0", "1")) == []
+    found = [set(json.loads((tmp_path / gpu).read_text())) for gpu in "01"]
+    assert found == [release.share_of_cores(0, 2), release.share_of_cores(1, 2)]
+    assert found[0] | found[1] == before == os.sched_getaffinity(0)
+    assert len(before) < 2 or not found[0] & found[1]
+    assert all(release.share_of_cores(n, 2 * len(before)) <= before for n in range(2 * len(before)))
 
 
 @pytest.mark.parametrize(("ours", "expected"), [(None, "1"), ("", "1"), ("2,3", "3"), ("GPU-a,GPU-b", "GPU-b")])
@@ -210,13 +223,14 @@ def test_a_kernel_that_is_reported_is_told_apart_from_those_it_ran_with(
     assert all(len({s.table.file_name for s in part}) == 1 for part in parts)
     group = next(part for part in parts if len(part) >= 3)
     tool, guilty = tmp_path / "sanitizer", group[1]
+    plain = next(s for s in subjects if not s.needs_twin and s is not guilty)
     tool.write_text(
         f"#!{sys.executable}\nimport sys\nfound = {str(guilty.cubin)!r} in sys.argv\n"
         "print('========= Invalid read' * found)\n"
         "print('========= ERROR SUMMARY:', int(found), 'errors')\nsys.exit(9 * found)\n"
     )
     tool.chmod(0o755)
-    found = sanitize.examine_all([(group, "memcheck"), (group[:1], "racecheck")], str(tool), tmp_path / "w", 2, 60)
+    found = sanitize.examine_all([(group, "memcheck"), ([plain], "racecheck")], str(tool), tmp_path / "w", 2, 60)
     assert found == ["FOUND" if s is guilty else "clean" for s in group] + ["clean"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(group) + 2
