@@ -9,8 +9,8 @@
 A step is a command of its own, bounded in time; its output goes to --work, its last lines to the terminal. What ended
 with 0 is not run again. New tables go to --work/tables with their kernels, from where `--publish` copies them into the
 package. GPUs at work on one host make each other's launches late (by 1.4 to 1.8 us on the H200s tried): tables may be
-made so, since all kernels are as late, but figures are better measured without --gpus. The cores are divided among the
-GPUs' steps: where each of four searches compiled on all of them, the gate took what their races had of time.
+made so, since all kernels are as late, but figures are better measured without --gpus. Each GPU's
+steps have their part of the cores: of searches that compile on all of them at once none gets far.
 """
 
 from __future__ import annotations
@@ -198,25 +198,30 @@ def carry_out(
     asked = [s for s in steps if s not in done_before]
     line, left_over, lock = Line(asked), set[str](), threading.Lock()
 
+    def carry_out_one(step: Step, gpu: str | None) -> None:
+        left = deadline - time.monotonic()
+        log, start = work / f"{step.name}.log", time.monotonic()
+        status: int | None = None
+        if left >= _LEAST_S and not stop.is_set():
+            env = environment(step, work, gpu)
+            with log.open("w") as file:
+                status = run_bounded(argv(step, work), file, min(step.seconds, left), cwd=ROOT, env=env, stop=stop)
+            with lock:
+                tell(step, status, time.monotonic() - start, log)
+        with lock:
+            if status == 0:
+                ledger.add(step.name, time.monotonic() - start)
+            else:
+                left_over.add(step.name)
+
     def work_on(gpu: str | None, cores: set[int] | None = None) -> None:
         if cores is not None:
             os.sched_setaffinity(0, cores)  # this thread's, and that of what it starts
         while (step := line.take()) is not None:
-            left = deadline - time.monotonic()
-            log, start = work / f"{step.name}.log", time.monotonic()
-            status: int | None = None
-            if left >= _LEAST_S and not stop.is_set():
-                env = environment(step, work, gpu)
-                with log.open("w") as file:
-                    status = run_bounded(argv(step, work), file, min(step.seconds, left), cwd=ROOT, env=env, stop=stop)
-                with lock:
-                    tell(step, status, time.monotonic() - start, log)
-            with lock:
-                if status == 0:
-                    ledger.add(step.name, time.monotonic() - start)
-                else:
-                    left_over.add(step.name)
-            line.end(step)
+            try:
+                carry_out_one(step, gpu)
+            finally:
+                line.end(step)  # or who waits for it would wait for ever
 
     if not gpus:
         work_on(None)  # in this thread, so that an interrupt reaches the step as one

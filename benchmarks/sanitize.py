@@ -258,7 +258,8 @@ def examine_all(
     """
     work.mkdir(parents=True, exist_ok=True)
     deadline, stop = time.monotonic() + timeout_s, threading.Event()
-    cores = max(1, (os.cpu_count() or 1) // jobs)  # for the reference: a thread per core in every process is slower
+    # Threads for the reference: one per core in every process is slower.
+    cores = max(1, len(os.sched_getaffinity(0)) // jobs)
     env = {"OMP_NUM_THREADS": str(cores)} | os.environ
 
     def examine(group: Sequence[Subject], tool: str) -> list[str]:

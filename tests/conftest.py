@@ -5,17 +5,25 @@ from __future__ import annotations
 import os
 import signal
 from collections import Counter
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from xdist.workermanage import WorkerController
 
-def _gpus() -> list[str]:
-    """Which GPUs the tests may use, as CUDA_VISIBLE_DEVICES names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name for name in named.split(",") if name]
-    return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
+
+@cache
+def _gpus() -> tuple[str, ...]:
+    """The GPUs that CUDA sees, as CUDA_VISIBLE_DEVICES names them."""
+    if not Path("/dev/nvidiactl").exists():
+        return ()
+    import torch
+
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(named.split(",") if named else map(str, range(count)))[:count]
 
 
 def pytest_xdist_auto_num_workers() -> int | None:
@@ -23,12 +31,18 @@ def pytest_xdist_auto_num_workers() -> int | None:
     return len(_gpus()) or None
 
 
+def pytest_configure_node(node: WorkerController) -> None:
+    """Says to a process that is about to start which GPU is its own."""
+    if _gpus():
+        number = int(node.workerinput["workerid"].removeprefix("gw"))
+        node.workerinput["gpu"] = _gpus()[number % len(_gpus())]
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """A shell starts what runs in the background with SIGINT ignored, and so would every process of a test be. The
-    tests' processes are as many as cores, so torch has one thread in each. Of several GPUs each process has its own."""
-    if hasattr(config, "workerinput") and (gpus := _gpus()):
-        number = int(config.workerinput["workerid"].removeprefix("gw"))
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
+    """A shell starts what runs in the background with SIGINT ignored, and so would every process of a test be. Where
+    there is no GPU the tests' processes are as many as cores, so torch has one thread in each."""
+    if gpu := getattr(config, "workerinput", {}).get("gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -48,10 +48,11 @@ def test_time_ends_a_step_and_the_rest(tmp_path: Path, monkeypatch: pytest.Monke
     assert carry_out([slow, step("later", "pass")], tmp_path / "b", 1.2) == ["slow", "later"]
 
 
-def test_gpus_share_the_steps_and_wait_for_what_comes_before(tmp_path: Path) -> None:
+def test_gpus_share_the_steps_and_wait_for_what_comes_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two that wait for each other run at the same time, each with a GPU of its own; one that comes after a group waits
     for all of it, though some of it failed.
     """
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # where there is a GPU, this process has one of its own
     (tmp_path / "met").mkdir()
     code = (
         "import os, sys, time; from pathlib import Path; folder = Path({folder!r})\n"
@@ -67,9 +68,12 @@ def test_gpus_share_the_steps_and_wait_for_what_comes_before(tmp_path: Path) -> 
     assert set(json.loads((tmp_path / "work/done.json").read_text())) == {"last", "a", "b"}
 
 
-def test_cores_are_divided_among_gpus(tmp_path: Path) -> None:
-    code = f"import os; open({str(tmp_path)!r} + '/' + os.environ['CUDA_VISIBLE_DEVICES'], 'w').write(" \
-        "repr(sorted(os.sched_getaffinity(0)))); import time; time.sleep(1)"
+def test_cores_are_divided_among_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    code = (
+        "import os, time; from pathlib import Path; cores = sorted(os.sched_getaffinity(0))\n"
+        f"(Path({str(tmp_path)!r}) / os.environ['CUDA_VISIBLE_DEVICES']).write_text(repr(cores)); time.sleep(1)"
+    )
     before = os.sched_getaffinity(0)
     assert carry_out([step("a", code), step("b", code)], tmp_path / "work", 60, gpus=("0", "1")) == []
     found = [set(json.loads((tmp_path / gpu).read_text())) for gpu in "01"]
@@ -77,6 +81,14 @@ def test_cores_are_divided_among_gpus(tmp_path: Path) -> None:
     assert found[0] | found[1] == before == os.sched_getaffinity(0)
     assert len(before) < 2 or not found[0] & found[1]
     assert all(release.share_of_cores(n, 2 * len(before)) <= before for n in range(2 * len(before)))
+
+
+def test_a_fault_of_ours_ends_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs that wait for a step's end do not wait for ever where that step never began."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # there is no second one
+    steps = [step("a", "pass"), replace(step("last", "pass"), group="more", after=("group",))]
+    with pytest.raises(IndexError):
+        carry_out(steps, tmp_path / "work", 60, gpus=("1", "2"))
 
 
 @pytest.mark.parametrize(("ours", "expected"), [(None, "1"), ("", "1"), ("2,3", "3"), ("GPU-a,GPU-b", "GPU-b")])
