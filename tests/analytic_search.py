@@ -47,7 +47,9 @@ class Analytic:
         self.sweeps = 0
         self.race_s = 0.0
         self.shares_s: dict[str, float] = {}
-        """Of each race, in their order: the time it was given."""
+        """Of each race with baselines, in their order: the time it was given."""
+        self.alone: list[str] = []
+        """Buckets of the races without, in their order."""
 
     def build(self, configs: Sequence[Config]) -> list[Candidate | Failure]:
         start = time.monotonic()
@@ -94,12 +96,20 @@ class Analytic:
         return (TUNED,)
 
     def final(
-        self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str], budget_s: float
+        self,
+        contestants: Sequence[tuple[Candidate, int]],
+        bucket: Bucket,
+        rivals: Sequence[str] | None,
+        budget_s: float,
     ) -> Final | Failure:
-        self.shares_s[bucket.key] = budget_s
-        time.sleep(self.race_s)
         times = tuple(self.time(c.config, bucket, s) for c, s in contestants)
         winner = min(range(len(times)), key=lambda i: times[i].median_us)
+        if rivals is None:
+            assert not self.shares_s and budget_s > 0, "first of all"
+            self.alone.append(bucket.key)
+            return Final(times, winner, False, {})
+        self.shares_s[bucket.key] = budget_s
+        time.sleep(self.race_s)
         us = times[winner].median_us
         return Final(times, winner, False, {"triton": 10 * us, "fa3_bf16": None} | {n: 4 * us for n in rivals})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from analytic_search import BUCKETS, PROBLEM, TARGET, TRIALS, TUNED, Analytic, r
 from tuner.errors import TunerError
 from tuner.report.rows import rows
 from tuner.search.constraints import space_for
-from tuner.search.evaluate import Time
+from tuner.search.evaluate import Candidate, Scored, Time, Timings
+from tuner.search.request import Failure
 from tuner.search.sampler import FeasibleSampler, distributions, params_of
 from tuner.space import Config, default_config, get_space, seed_config
 from tuner.suits import CacheOrder, refusal
@@ -167,3 +169,36 @@ def test_races_share_their_time_by_size_and_end_in_it(tmp_path: Path) -> None:
     assert any("no time left to race 3 of 5 buckets" in e.text for e in events)
     found = rows(result.table)  # those without a race keep the times of the search
     assert len(found) == len(BUCKETS) and sum(r.shipped_us is not None for r in found) == 2
+
+
+def test_kernels_race_alone_before_the_time_goes_to_baselines(tmp_path: Path) -> None:
+    """What is served is decided by races, however few of them the baselines' have time for."""
+
+    class Hasty(Analytic):
+        """Times of the search are off by up to 8%, another one for every kernel, bucket and splits."""
+
+        def score(self, candidate: Candidate, best: Timings | None) -> Scored | Failure:
+            found = super().score(candidate, best)
+            assert isinstance(found, Scored)
+            for bucket, row in found.timings.items():
+                for splits, t in row.items():
+                    off = random.Random(f"{candidate.config.describe()} {bucket} {splits}").uniform(0.92, 1.08)
+                    row[splits] = Time(off * t.median_us, off * t.ci_low_us, off * t.ci_high_us)
+            return found
+
+    hasty = Hasty(tmp_path)
+    hasty.race_s = 0.6
+    result, _, events = search(tmp_path, hasty, trials=40, evidence="measured", race_timeout_s=1.0)
+    with_baselines = [e for e in result.table.by_batch_and_context if e.timing.baselines_us]
+    assert 0 < len(with_baselines) < len(BUCKETS) and len(hasty.alone) > 1
+    assert any("buckets with the baselines" in e.text for e in events)
+    assert any("kernels alone" in e.text for e in events)
+    for entry in result.table.by_batch_and_context:
+        bucket = Bucket(entry.batch, entry.timing.context, entry.timing.ragged)
+        true = hasty.time(result.table.kernel(entry.kernel).config(PROBLEM), bucket, entry.splits)
+        if bucket.key in hasty.alone:
+            assert entry.timing.time_us == true.median_us and entry.runner_up and entry.runner_up.ratio >= 1
+
+    predicted = Analytic(tmp_path / "predicted")
+    search(tmp_path / "predicted", predicted)
+    assert not predicted.alone and set(predicted.shares_s) == {b.key for b in BUCKETS}  # nothing to find out twice

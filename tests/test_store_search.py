@@ -66,12 +66,12 @@ class Formula:
         return ()
 
     def final(
-        self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str], *_: float
+        self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str] | None, *_: float
     ) -> Final | SearchFailure:
         assert not rivals and all(splits == 1 for _, splits in contestants)
         times = tuple(self.time(c.config, bucket) for c, _ in contestants)
         winner = min(range(len(times)), key=lambda i: times[i].median_us)
-        return Final(times, winner, False, {"vllm_store": 5 * times[winner].median_us})
+        return Final(times, winner, False, {} if rivals is None else {"vllm_store": 5 * times[winner].median_us})
 
     def close(self) -> None:
         pass

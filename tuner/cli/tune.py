@@ -59,8 +59,8 @@ MAX_SECONDS = 7 * 86400
     "--race-timeout",
     type=float,
     metavar="SECONDS",
-    help="End what follows it after this long: Triton's constants, and races with the baselines, of which the first "
-    "may take 20 s however little is left.  [default: 75]",
+    help="End what follows it after this long: Triton's constants, races of the best kernels with each other, and with "
+    "the baselines, of which the first may take 20 s however little is left.  [default: 75]",
 )
 @click.option("--workers", type=int, metavar="N", help="Compilations at a time.  [default: one per core]")
 @click.option("--gpus", type=INT_LIST, metavar="LIST", help="GPUs that share the search.  [default: 0]")
@@ -225,7 +225,7 @@ def _search(out: Console, request: TuneRequest, more_gpus: tuple[int, ...]) -> T
 
     search_s = request.timeout_s or DEFAULT_TIMEOUT_S[request.evidence]
     race_s = request.race_timeout_s or DEFAULT_RACE_TIMEOUT_S
-    out.print(f"at most {search_s:g} s of search, then about {race_s:g} s of races with the baselines")
+    out.print(f"at most {search_s:g} s of search, then about {race_s:g} s of races with each other and the baselines")
     with ProgressView(out) as view, Helpers(request, more_gpus) as helpers:
 
         def on_event(event: Any) -> None:

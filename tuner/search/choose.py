@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from tuner.workload import Bucket
 
 _RACE_WITHIN = 1.25
 """Portfolio kernels slower than the best by more than this do not race on a bucket: noise is far smaller."""
+_ALONE_SHARE = 0.4
+"""Of the time for races, what those without the baselines may take at most; each ends once its intervals are short."""
 
 Points = dict[str, dict[tuple[int, int], float]]
 Point = tuple[int, int]
@@ -164,36 +166,60 @@ def _race(
     rivals: Sequence[str],
     deadline: float,
 ) -> dict[str, tuple[list[Point], Final]]:
-    """Per bucket who raced and the outcome; where there was no race, it is left out."""
-    finals = {}
-    best = best_splits(plan.points)
+    """Per bucket who raced and the outcome; where there was no race, it is left out.
+
+    The kernels race alone first, where times are measured: that decides what is served, takes little time, and the
+    search's own times are single short runs. Then with the baselines, on as many buckets as the time is enough for.
+    """
+    finals: dict[str, tuple[list[Point], Final]] = {}
     racing = [b for b in request.buckets if b.key in plan.points]
     # In no order of size or kind: where the time ends the races, what is left out should not be all of one sort.
     random.Random(request.seed).shuffle(racing)
-    limits = [limit_us(request.problem, request.shape, b, request.target) for b in racing]
-    # Half of the time in equal shares, half by size: slow baselines take long where the cache is large.
-    weights = [1 / len(racing) + limit / sum(limits) for limit in limits]
-    for done, bucket in enumerate(racing):
-        left_s = deadline - time.monotonic()
-        if left_s <= 0:
-            text = f"no time left to race {len(racing) - done} of {len(racing)} buckets: the times of the search stand"
-            tracker.tell("race", text)
-            break
-        row = best[bucket.key]
-        bar = _RACE_WITHIN * min(t for _, t in row.values())
-        entrants = {(n, row[n][0]) for n in candidates if n in row and (n in plan.references or row[n][1] <= bar)}
-        if bucket.batch in plan.by_batch:
-            choice = plan.by_batch[bucket.batch]
-            entrants.add((choice.kernel, choice.splits))
-        points = sorted(entrants)
-        share_s = left_s * weights[done] / sum(weights[done:])
-        final = evaluator.final([(candidates[n], s) for n, s in points], bucket, rivals, share_s)
-        if isinstance(final, Failure):
-            tracker.tell("race", f"{bucket.key}: no race, {final.kind}: {final.message}", failure=final)
-            continue
-        finals[bucket.key] = (points, _keep_to_portfolio(final, points, plan.portfolio))
-        tracker.tell("race", f"race {done + 1}/{len(racing)}: {bucket.key}")
+    points = {b.key: _entrants(plan, candidates, b) for b in racing}
+
+    def race(buckets: Sequence[Bucket], until: float, rivals: Sequence[str] | None, how: str) -> int:
+        """How many of ``buckets`` it had no time for."""
+        for done, (bucket, share_s) in enumerate(_shares(request, buckets, until)):
+            if share_s <= 0:
+                return len(buckets) - done
+            entrants = points[bucket.key]
+            final = evaluator.final([(candidates[n], s) for n, s in entrants], bucket, rivals, share_s)
+            if isinstance(final, Failure):
+                tracker.tell("race", f"{bucket.key}: no race{how}, {final.kind}: {final.message}", failure=final)
+                continue
+            finals[bucket.key] = (entrants, _keep_to_portfolio(final, entrants, plan.portfolio))
+            tracker.tell("race", f"race {done + 1}/{len(buckets)}{how}: {bucket.key}")
+        return 0
+
+    if request.evidence == "measured":
+        until = deadline - (1 - _ALONE_SHARE) * (deadline - time.monotonic())
+        race([b for b in racing if len(points[b.key]) > 1], until, None, ", kernels alone")
+    late = race(racing, deadline, rivals, "")
+    if late:
+        text = f"no time left to race {late} of {len(racing)} buckets with the baselines"
+        never = sum(b.key not in finals for b in racing)
+        tracker.tell("race", text + (f": the times of the search stand for {never}" if never else ""))
     return finals
+
+
+def _entrants(plan: _Plan, candidates: dict[int, Candidate], bucket: Bucket) -> list[Point]:
+    """Who races on ``bucket``: kernels not far behind the best with their best splits, and its batch's choice."""
+    row = best_splits({bucket.key: plan.points[bucket.key]})[bucket.key]
+    bar = _RACE_WITHIN * min(t for _, t in row.values())
+    entrants = {(n, row[n][0]) for n in candidates if n in row and (n in plan.references or row[n][1] <= bar)}
+    if bucket.batch in plan.by_batch:
+        choice = plan.by_batch[bucket.batch]
+        entrants.add((choice.kernel, choice.splits))
+    return sorted(entrants)
+
+
+def _shares(request: TuneRequest, buckets: Sequence[Bucket], until: float) -> Iterator[tuple[Bucket, float]]:
+    """Each bucket with the seconds that its race may take of what is left until then; none or less: time is up."""
+    limits = [limit_us(request.problem, request.shape, b, request.target) for b in buckets]
+    # Half of the time in equal shares, half by size: slow baselines take long where the cache is large.
+    weights = [1 / len(buckets) + limit / sum(limits) for limit in limits]
+    for done, bucket in enumerate(buckets):
+        yield bucket, (until - time.monotonic()) * weights[done] / sum(weights[done:])
 
 
 def _keep_to_portfolio(final: Final, points: list[Point], portfolio: tuple[int, ...]) -> Final:

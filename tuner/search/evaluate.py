@@ -89,9 +89,14 @@ class Evaluator(Protocol):
         """Searches the constants of the Triton baseline; names of the tuned ones, none where it does not run."""
 
     def final(
-        self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str], budget_s: float
+        self,
+        contestants: Sequence[tuple[Candidate, int]],
+        bucket: Bucket,
+        rivals: Sequence[str] | None,
+        budget_s: float,
     ) -> Final | Failure:
-        """Compares (candidate, splits) with each other, simplest first, with the baselines and the tuned ``rivals``.
+        """Compares (candidate, splits) with each other, simplest first, with the baselines and the tuned ``rivals``;
+        None: with nothing else.
 
         Within about ``budget_s``: baselines that it does not suffice for have no time.
         """

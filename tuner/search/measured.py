@@ -92,16 +92,20 @@ class MeasuredEvaluator:
         return tuple(tuned_name(BASELINE[op], constants) for constants in found)
 
     def final(
-        self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str], budget_s: float
+        self,
+        contestants: Sequence[tuple[Candidate, int]],
+        bucket: Bucket,
+        rivals: Sequence[str] | None,
+        budget_s: float,
     ) -> Final | Failure:
         request = self._request
         names = [f"kernel{i}" for i in range(len(contestants))]
         ours = [Contestant(n, c.config, Path(c.cubin), s) for n, (c, s) in zip(names, contestants, strict=True)]
-        others = [*self._baseline_names(), *rivals]
+        others = [] if rivals is None else [*self._baseline_names(), *rivals]
         theirs = [Contestant(name) for name in others]
         first_s = min(FIRST_RACE_S, request.race_timeout_s or FIRST_RACE_S)
-        total_s = budget_s if self._raced else max(budget_s, first_s)
-        self._raced = True
+        total_s = max(budget_s, first_s) if theirs and not self._raced else budget_s
+        self._raced |= bool(theirs)
 
         def race_of(contestants: Sequence[Contestant]) -> Race | MeasureFailure:
             return self._measurer.race(

@@ -87,12 +87,16 @@ class PredictedEvaluator:
         return tuple(tuned_name(BASELINE[request.problem.op], constants) for constants in found)
 
     def final(
-        self, contestants: Sequence[tuple[Candidate, int]], bucket: Bucket, rivals: Sequence[str], budget_s: float
+        self,
+        contestants: Sequence[tuple[Candidate, int]],
+        bucket: Bucket,
+        rivals: Sequence[str] | None,
+        budget_s: float,
     ) -> Final | Failure:
         times = tuple(self._time(c, bucket, s) for c, s in contestants)
         fastest = min(range(len(times)), key=lambda i: times[i].median_us)
         winner = next(i for i, t in enumerate(times) if t.median_us <= times[fastest].median_us * INDISTINCT)
-        return Final(times, winner, winner != fastest, self._baselines_us(bucket, rivals))
+        return Final(times, winner, winner != fastest, {} if rivals is None else self._baselines_us(bucket, rivals))
 
     def close(self) -> None:
         self._compiler.close()
