@@ -187,8 +187,8 @@ def test_kernels_race_alone_before_the_time_goes_to_baselines(tmp_path: Path) ->
             return found
 
     hasty = Hasty(tmp_path)
-    hasty.race_s = 0.6
-    result, _, events = search(tmp_path, hasty, trials=40, evidence="measured", race_timeout_s=1.0)
+    hasty.race_s = 1.2
+    result, _, events = search(tmp_path, hasty, trials=40, evidence="measured", race_timeout_s=2.0)
     with_baselines = [e for e in result.table.by_batch_and_context if e.timing.baselines_us]
     assert 0 < len(with_baselines) < len(BUCKETS) and len(hasty.alone) > 1
     assert any("buckets with the baselines" in e.text for e in events)
