@@ -9,8 +9,8 @@
 A step is a command of its own, bounded in time; its output goes to --work, its last lines to the terminal. What ended
 with 0 is not run again. New tables go to --work/tables with their kernels, from where `--publish` copies them into the
 package. GPUs at work on one host make each other's launches late (by 1.4 to 1.8 us on the H200s tried): tables may be
-made so, since all kernels are as late, but figures are better measured without --gpus. Each GPU's
-steps have their part of the cores: of searches that compile on all of them at once none gets far.
+made so, since all kernels are as late, but figures are better measured without --gpus. The cores are divided among the
+GPUs: a step has its part of them, whatever the other GPUs do.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def visible(gpu: str) -> str:
 
 
 def share_of_cores(number: int, of: int) -> set[int]:
-    """Cores of the ``number``th of ``of`` threads: those that this process may use, divided; at least one, shared
-    where there are too few."""
+    """Cores for the ``number``th of ``of`` GPUs: those that this process may use, divided; where they are too few, one
+    that others have, too."""
     cores = sorted(os.sched_getaffinity(0))
     return set(cores[number::of]) or {cores[number % len(cores)]}
 

@@ -39,8 +39,9 @@ def pytest_configure_node(node: WorkerController) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A shell starts what runs in the background with SIGINT ignored, and so would every process of a test be. Where
-    there is no GPU the tests' processes are as many as cores, so torch has one thread in each."""
+    """A process sees the GPU that it was given, if any. A shell starts what runs in the background with SIGINT ignored,
+    and so would every process of a test be. Where there is no GPU the tests' processes are as many as cores, so torch
+    has one thread in each."""
     if gpu := getattr(config, "workerinput", {}).get("gpu"):
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -192,7 +192,8 @@ def _race(
         return 0
 
     if request.evidence == "measured":
-        until = deadline - (1 - _ALONE_SHARE) * (deadline - time.monotonic())
+        now = time.monotonic()
+        until = now + _ALONE_SHARE * (deadline - now)
         race([b for b in racing if len(points[b.key]) > 1], until, None, ", kernels alone")
     late = race(racing, deadline, rivals, "")
     if late:
