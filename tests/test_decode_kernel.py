@@ -64,7 +64,7 @@ def draw(chooser: random.Random, problem: Problem, warps: int) -> dict[str, Valu
         values["beginning"] = "ordered"
     if values["reduction"].startswith("cluster"):
         values["schedule"] = "grid"
-    if values["reduction"] in ("all_warps", "all_threads"):
+    if values["reduction"] in ("all_warps", "all_threads", "all_segments"):
         if problem.layout.format.has_signs:
             values["reduction"] = "all"
         else:
@@ -165,6 +165,7 @@ def test_block_sizes(block_size: int) -> None:
         PROMPT.with_(schedule="allot"),
         PROMPT.with_(schedule="allot", load="bulk_rows", warps=16, head_warps=8, lead=12, reduction="all_warps"),
         PROMPT.with_(schedule="allot", load="bulk_rows", warps=16, head_warps=8, lead=12, reduction="all_threads"),
+        PROMPT.with_(schedule="allot", load="bulk_rows", warps=16, head_warps=8, lead=12, reduction="all_segments"),
         PROMPT.with_(schedule="allot", warps=1, lead=8, reduction="kernel"),
         PERSISTENT.with_(warps=1, beginning="prompt"),
         DEFAULT.with_(lookup="shuffle", beginning="prompt"),

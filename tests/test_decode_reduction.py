@@ -45,6 +45,7 @@ WAITING: list[tuple[str, dict[str, Value]]] = [
     ("turboquant_4bit_nc", PROMPT),
     ("turboquant_4bit_nc", PROMPT | {"reduction": "all_warps"}),
     ("turboquant_4bit_nc", PROMPT | {"reduction": "all_threads"}),
+    ("turboquant_4bit_nc", PROMPT | {"reduction": "all_segments"}),
     ("turboquant_outlier", {}),
 ]
 
@@ -55,6 +56,7 @@ WAITING: list[tuple[str, dict[str, Value]]] = [
         *((name, values | {"schedule": schedule}) for schedule in ("grid", "deal") for name, values in WAITING),
         ("turboquant_4bit_nc", PROMPT | {"reduction": "all_warps", "schedule": "allot"}),
         ("turboquant_4bit_nc", PROMPT | {"reduction": "all_threads", "schedule": "allot"}),
+        ("turboquant_4bit_nc", PROMPT | {"reduction": "all_segments", "schedule": "allot"}),
     ],
 )
 def test_contributors_that_wait_for_each_other(cache_format: str, values: dict[str, Value]) -> None:
@@ -71,7 +73,7 @@ def test_contributors_that_wait_for_each_other(cache_format: str, values: dict[s
 
 @pytest.mark.parametrize(
     ("beginning", "reduction"),
-    [("ordered", "all"), ("prompt", "all"), ("prompt", "all_warps"), ("prompt", "all_threads")],
+    [("ordered", "all"), *(("prompt", who) for who in ("all", "all_warps", "all_threads", "all_segments"))],
 )
 @pytest.mark.parametrize(("patience", "concurrent_ctas"), [(0, 1), (0, 200), (1, 3), (100_000, 200)])
 def test_shares_are_added_up_once_however_long_one_waits(
@@ -91,7 +93,8 @@ def test_shares_are_added_up_once_however_long_one_waits(
     [(1, {"warps": 8}), (2, {"warps": 8, "head_warps": 2}), (3, {"warps": 4}), (5, {"warps": 8, "dim_warps": 2})],
 )
 @pytest.mark.parametrize(
-    ("reduction", "head_dim"), [("all_warps", 128), ("all_threads", 128), ("all_threads", 256), ("all_threads", 512)]
+    ("reduction", "head_dim"),
+    [("all_warps", 128), *((who, head_dim) for who in ("all_threads", "all_segments") for head_dim in (128, 256, 512))],
 )
 def test_contributions_to_few_heads_are_divided(
     gqa: int, layout: dict[str, Value], reduction: str, head_dim: int
@@ -103,6 +106,18 @@ def test_contributions_to_few_heads_are_divided(
     assert not get_space("decode").refusals(config, get_target("sm_90"))
     case = small_case(config, (4600, 90, 0, 1100))
     for splits, concurrent in ((9, 1), (40, 1), (40, 40)):
+        check(config, case, splits, seed=splits, concurrent_ctas=concurrent)
+
+
+@pytest.mark.parametrize(("schedule", "kv_heads"), [("grid", 2), ("allot", 2), ("allot", 3)])
+def test_more_shares_than_a_word_has_bits_for(schedule: str, kv_heads: int) -> None:
+    """64 segments, or of a third head 32, with two, four, 32 and up to 70 contributions to each, where all wait,
+    where each quits before the next comes, and where some do."""
+    config = default_config(Problem("decode", 256, 16, "turboquant_4bit_nc"))
+    config = config.with_(warps=4, head_warps=2, beginning="prompt", reduction="all_segments", schedule=schedule)
+    assert DecodePlan(config).arrivals == 2 and not get_space("decode").refusals(config, get_target("sm_90"))
+    case = synthetic_cache(config.problem.layout, (1130, 40, 0, 33), q_heads=16 * kv_heads, kv_heads=kv_heads)
+    for splits, concurrent in ((2, 40), (4, 40), (32, 90), (70, 1), (70, 3), (70, 150)):
         check(config, case, splits, seed=splits, concurrent_ctas=concurrent)
 
 

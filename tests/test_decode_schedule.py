@@ -19,8 +19,9 @@ from tuner.space import Config, Problem
 from tuner.space.decode_landmarks import default_config
 from tuner.space.plan import DecodePlan
 
-Part = tuple[int, int, int, int, int, int]
-"""CTA, request, its first group and the one behind its last, CTAs that share the request, this one's number of them."""
+Part = tuple[int, ...]
+"""CTA, request, its first group and the one behind its last, CTAs that share the request, this one's number of them,
+and how many of them share out what all have."""
 
 EXACT, MOST_SPLITS = 1 << 20, 1 << 14
 """What ``allot`` cuts into pieces has fewer units, and fewer CTAs."""
@@ -40,9 +41,9 @@ extern "C" __global__ void probe(const __grid_constant__ DecodeParams p) {
             if (span.first >= span.last) continue;
             const Contributors from = contributors(queue, start, groups_of(p, request));
             const int slot = 2 * cta + (start + queue.lead < cta * queue.quota ? 0 : 1);
-            const int part[6] = {cta, request, span.first, span.last, from.count, from.index(slot)};
+            const int part[] = {cta, request, span.first, span.last, from.count, from.index(slot), WAITING};
             ++parts;
-            for (int i = lane; i < 6; i += 32) out[6 * parts + i] = part[i];
+            for (int i = lane; i < 7; i += 32) out[7 * parts + i] = part[i];
         }
     }
     if (lane == 0) out[0] = parts;
@@ -54,28 +55,31 @@ pytestmark = needs_gxx
 
 def dealing(schedule: str, **values: object) -> Config:
     config = default_config(Problem("decode", 64, 1, "turboquant_4bit_nc"))
-    return config.with_(schedule=schedule, beginning="prompt", reduction="all", **values)
+    return config.with_(**{"schedule": schedule, "beginning": "prompt", "reduction": "all"} | values)
 
 
 def probe(config: Config) -> Source:
-    allots = DecodePlan(config).allots
+    plan = DecodePlan(config)
+    allots = plan.allots
     kernel = PROBE.replace("LENGTHS", "Lengths lengths; lengths.load(p, lane);" if allots else "")
+    kernel = kernel.replace("WAITING", "from.waiting" if plan.by_segment else "from.count")
     source = render(config)
     return replace(source, text=source.text + kernel.replace("ARGUMENT", "lengths," if allots else ""))
 
 
 def found(source: Source, lengths: list[int], splits: int) -> list[Part]:
     """What the kernel makes of it."""
-    out = np.zeros(6 * (1 + splits + len(lengths)), np.int32)
+    out = np.zeros(7 * (1 + splits + len(lengths)), np.int32)
     params = DecodeParams(batch=len(lengths), splits=splits)
     buffers = {"seq_lens": np.array(lengths, np.int32), "counters": out}
     emulate(source, Launch("probe", (1, 1, 1), 32, 0), params, buffers)
-    return [tuple(int(x) for x in part) for part in out.reshape(-1, 6)[1 : 1 + out[0]]]  # type: ignore[misc]
+    return [tuple(int(x) for x in part) for part in out.reshape(-1, 7)[1 : 1 + out[0]]]
 
 
 def wanted(config: Config, lengths: list[int], splits: int) -> list[Part]:
     """The same: the shortest equal pieces that no more CTAs than there are take, unless those are longer than equal
-    quotas of a row in which every request has its beginning before its groups, or numbers are too large for pieces."""
+    quotas of a row in which every request has its beginning before its groups, or numbers are too large for pieces.
+    With segments each request's pieces are as long as each other, and who goes on to another request has no share."""
     plan = DecodePlan(config)
     least, lead = plan.token_warps * plan.tiles, plan.beginning_steps * plan.token_warps * plan.tiles
     groups = [-(-max(n, 0) // 16) for n in lengths]
@@ -88,7 +92,13 @@ def wanted(config: Config, lengths: list[int], splits: int) -> list[Part]:
             continue
         if sum(-(-g // length) for g in groups) <= splits and (length == shortest or length <= quota):
             pieces = [(r, i, g) for r, g in enumerate(groups) for i in range(-(-g // length))]
-            ends = [(i * length, min((i + 1) * length, g), -(-g // length), i) for _, i, g in pieces]
+            ends = []
+            for _, i, g in pieces:
+                n = -(-g // length)
+                steps = -(-g // least)
+                own = -(-steps // n) * least if plan.evens else length
+                assert (n - 1) * own < g <= n * own  # as many as before, none of them empty
+                ends.append((i * own, min((i + 1) * own, g), n, i, n))
             return [(cta, r, *end) for cta, ((r, _, _), end) in enumerate(zip(pieces, ends, strict=True))]
     parts, start = [], 0
     for request, number in enumerate(groups):
@@ -98,7 +108,8 @@ def wanted(config: Config, lengths: list[int], splits: int) -> list[Part]:
         ctas = range(begin // quota, (end - 1) // quota + 1)
         for i, cta in enumerate(ctas):
             first, last = max(cta * quota - begin, 0), min((cta + 1) * quota - begin, number)
-            parts.append((cta, request, first, last, len(ctas), i))
+            goes_on = plan.by_segment and end < min((ctas[-1] + 1) * quota, total)
+            parts.append((cta, request, first, last, len(ctas), i, len(ctas) - goes_on))
         start = end
     return parts
 
@@ -115,7 +126,15 @@ def batches() -> list[tuple[list[int], int]]:
     return some
 
 
-@pytest.mark.parametrize("config", [dealing("allot"), dealing("allot", warps=2, tokens=32, lead=12), dealing("deal")])
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(dealing("allot"), dealing("allot", warps=2, tokens=32, lead=12), dealing("deal")),
+        dealing("allot", reduction="all_segments"),
+        dealing("allot", reduction="all_segments", warps=2, tokens=32, lead=12),
+        dealing("deal", reduction="all_segments"),
+    ],
+)
 def test_every_cta_has_its_part(config: Config) -> None:
     source = probe(config)
     for lengths, splits in batches():

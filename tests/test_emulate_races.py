@@ -175,25 +175,26 @@ KERNELS = [
     decode(FORMAT, 128, 4, lookup="woven", query="paired", schedule="deal", reduction="all", beginning="prompt"),
     decode(FORMAT, 128, 4, lookup="woven", query="paired", schedule="allot", reduction="all_warps", beginning="prompt"),
     decode(FORMAT, 256, 6, warps=8, schedule="allot", reduction="all_threads", beginning="prompt"),
+    decode(FORMAT, 256, 6, warps=8, schedule="allot", reduction="all_segments", beginning="prompt"),
     BORROWS,
 ]
 
 
 def divided(reduction: str) -> tuple[Config, Case]:
-    """A request of 41 contributions and more, which the last CTA's four warps divide, or its four teams of two."""
+    """A request of 41 contributions and more, which the last CTA's warps divide, or its four teams of two."""
     head_dim, warps = (64, 4) if reduction == "all_warps" else (256, 8)
     config = decode(FORMAT, head_dim, 1, warps=warps, reduction=reduction, beginning="prompt", schedule="allot")
     return config, synthetic_cache(config.problem.layout, (0, 17, 2600), q_heads=2, kv_heads=2)
 
 
-@pytest.mark.parametrize("reduction", ["all_warps", "all_threads"])
+@pytest.mark.parametrize("reduction", ["all_warps", "all_threads", "all_segments"])
 def test_contributions_that_warps_divide_have_no_races(root, reduction):
     config, case = divided(reduction)
     out = emulate_decode(config, case, 60, seed=1, concurrent_ctas=2, races=True, root=root)
     assert worst_head_error(out, case.expected()) <= 5e-3
 
 
-@pytest.mark.parametrize("reduction", ["all_warps", "all_threads"])
+@pytest.mark.parametrize("reduction", ["all_warps", "all_threads", "all_segments"])
 def test_parts_that_are_added_up_too_early_are_a_race(root, reduction):
     config, case = divided(reduction)
     whole = render(config)

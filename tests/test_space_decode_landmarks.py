@@ -39,11 +39,11 @@ def test_recorded_kernels_are_renewed() -> None:
     assert SPACE.renewed(dealt.with_(beginning="prompt")) == in_sums(dealt.with_(beginning="prompt", schedule="allot"))
     waiting = bulk.with_(words="whole", reduction="all")
     assert SPACE.renewed(waiting) == in_sums(waiting)
-    by_threads = waiting.with_(reduction="all_threads", beginning="prompt")
-    for reduction in ("all", "all_warps"):
-        prompt = by_threads.with_(reduction=reduction)
-        assert SPACE.renewed(prompt) == in_sums(by_threads, prompt)
-    assert SPACE.renewed(by_threads) == in_sums(by_threads)
+    segments = waiting.with_(reduction="all_segments", beginning="prompt")
+    for reduction in ("all", "all_warps", "all_threads"):
+        prompt = segments.with_(reduction=reduction)
+        assert SPACE.renewed(prompt) == in_sums(segments, prompt)
+    assert SPACE.renewed(segments) == in_sums(segments)
 
 
 def test_recorded_kernels_keep_the_sums_they_have_or_must_have() -> None:

@@ -153,9 +153,9 @@ def _reduction_us(config: Config, sharers: list[int], shape: Shape, target: Targ
     most, branch = max(sharers), plan.branch
     levels = 2 if config["reduction"] == "tree" and most > branch else 1
     in_turn = most if levels == 1 else branch + -(-most // branch)  # contributions that one CTA after another reads
-    if plan.waits:
-        rows = -(-rows // min(most, plan.most_shares))
-    last = in_turn * rows * row_bytes / _CTA_BYTES_PER_CYCLE
+    if plan.waits:  # rows, or segments of them
+        rows = -(-rows * plan.row_segments // min(most, plan.most_shares))
+    last = in_turn * rows * row_bytes / plan.row_segments / _CTA_BYTES_PER_CYCLE
     if plan.cluster == 1:
         # A warp has a head, or a part of one, and some of its contributions on their way at a time.
         parts = plan.share_parts(rows, most)

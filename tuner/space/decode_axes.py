@@ -24,9 +24,12 @@ AXES = (
     Axis("min_ctas", (1, 2, 3, 4, 6, 8), "CTAs per SM that the register allocation must allow"),
     Axis(
         "reduction",
-        ("last", "kernel", "tree", "cluster2", "cluster4", "cluster8", "all", "all_warps", "all_threads"),
-        "who adds up splits: the last CTA, a second kernel, branches, first clusters of CTAs, or all, a share each, "
-        "whose contributions its warps divide or whose coefficients its threads do",
+        (
+            *("last", "kernel", "tree", "cluster2", "cluster4", "cluster8"),
+            *("all", "all_warps", "all_threads", "all_segments"),
+        ),
+        "who adds up splits: the last CTA, a second kernel, branches, first clusters of CTAs, or all, a share each: "
+        "heads, whose contributions its warps divide or whose coefficients its threads do, or segments of heads",
     ),
     Axis(
         "schedule",

@@ -115,20 +115,20 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     tightest = (split_whole | eight | {"reduction": "cluster2"}, whole | eight) if query == "joined" else ()
     wanted = (
         whole | sixteen,
-        whole | sixteen | {"reduction": "all_threads"},
-        split_whole | sixteen | {"reduction": "all_threads"},
+        whole | sixteen | {"reduction": "all_segments"},
+        split_whole | sixteen | {"reduction": "all_segments"},
         split_whole | sixteen | {"reduction": "cluster2"},
-        whole | eight | {"reduction": "all_threads"},
-        split_whole | eight | {"reduction": "all_threads"},
+        whole | eight | {"reduction": "all_segments"},
+        split_whole | eight | {"reduction": "all_segments"},
         split_whole | eight | {"reduction": "cluster2"},
         *(tight | {"tail": "masked"} for tight in tightest),
         dealt | {"warps": 8, "lookup": spread},
-        dealt | {"warps": 8, "lookup": spread, "reduction": "all_threads"},
+        dealt | {"warps": 8, "lookup": spread, "reduction": "all_segments"},
         dealt | halves,
-        dealt | halves | {"reduction": "all_threads"},
+        dealt | halves | {"reduction": "all_segments"},
         split | halves | {"reduction": "cluster8"},
         split | halves | {"reduction": "cluster2"},
-        split | halves | {"reduction": "all_threads"},
+        split | halves | {"reduction": "all_segments"},
         alone | lean | {"warps": 8, "lookup": spread, "reduction": "cluster8"},
         alone | lean | {"warps": 16, "lookup": spread, "reduction": "cluster2"},
         sliced | lean | {"lookup": spread, "reduction": "cluster8"},
@@ -150,8 +150,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         alone | lean | {"warps": 16, "lookup": spread},
         sliced | lean | {"stages": 4, "lookup": spread, "reduction": "cluster4"},
         sliced | lean | {"lookup": spread, "reduction": "tree"},
-        sliced | lean | {"lookup": spread, "reduction": "all_threads"},
-        alone | lean | {"warps": 8, "lookup": spread, "reduction": "all_threads"},
+        sliced | lean | {"lookup": spread, "reduction": "all_segments"},
+        alone | lean | {"warps": 8, "lookup": spread, "reduction": "all_segments"},
         sliced | {"lookup": spread},
         sliced | {"lookup": spread, "reduction": "tree"},
         alone | {"warps": 8, "lookup": spread},
@@ -174,14 +174,14 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
         *(few | lean | {"head_warps": heads} for few in small for heads in (4, 2, 1) if kv_heads % heads == 0),
     )
     tried = [_config(problem, **w) for w in wanted if all(v in _VALUES[n] for n, v in w.items())]
-    known = [c.with_(reduction="all") if c["reduction"] == "all_threads" and cannot_divide(c) else c for c in tried]
+    known = [c.with_(reduction="all") if c["reduction"] == "all_segments" and cannot_divide(c) else c for c in tried]
     by_banks = [c["tail"] == "apart" or c["beginning"] == "prompt" for c in known]
     return tuple(dict.fromkeys(_best_words(c, kv_heads) if b else c for c, b in zip(known, by_banks, strict=True)))
 
 
 def renewed(config: Config) -> tuple[Config, ...]:
     """Reads its rows in whole words and allots where it dealt, as far as it may. What changes the loop's registers is
-    tried both ways: where CTAs waited for each other it adds up by threads too, and squares of keys are added up over
+    tried both ways: where CTAs waited for each other they share out segments too, and squares of keys are added up over
     two k-steps and over one."""
     whole = {"strided": "whole", "adjacent": "whole_adjacent"}.get(str(config["words"]))
     if whole and has_rows_alike(config):
@@ -189,8 +189,9 @@ def renewed(config: Config) -> tuple[Config, ...]:
     if config["schedule"] == "deal" and DecodePlan(config).prompt:
         config = config.with_(schedule="allot")
     ways = [config]
-    if config["reduction"] in ("all", "all_warps") and not cannot_divide(config.with_(reduction="all_threads")):
-        ways.insert(0, config.with_(reduction="all_threads"))
+    segments = config.with_(reduction="all_segments")
+    if DecodePlan(config).waits and config != segments and not cannot_divide(segments):
+        ways.insert(0, segments)
     if config["squares"] == 1 and not cannot_chain(config):
         ways = [*(way.with_(squares=2) for way in ways), *ways]
     return tuple(ways)

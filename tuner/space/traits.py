@@ -228,28 +228,57 @@ class DecodeTraits:
     @property
     def waits(self) -> bool:
         """The contributors to a request wait for each other, and each adds up a share of the query heads."""
-        return self.config["reduction"] in ("all", "all_warps", "all_threads")
+        return self.config["reduction"] in ("all", "all_warps", "all_threads", "all_segments")
 
     @property
     def divides_shares(self) -> bool:
         """Where a CTA's share has fewer heads than can be added up at a time, a head's contributions are divided."""
-        return self.config["reduction"] in ("all_warps", "all_threads")
+        return self.config["reduction"] in ("all_warps", "all_threads", "all_segments")
 
     @property
     def by_vector(self) -> bool:
         """Sums of several CTAs are added up by all threads, each of which has one vector of a row."""
-        return bool(self.config["reduction"] == "all_threads")
+        return self.config["reduction"] in ("all_threads", "all_segments")
+
+    @property
+    def by_segment(self) -> bool:
+        """What contributors share out are segments of rows, as many coefficients as a warp has vectors for, and the
+        last one has no share where it goes on to another request."""
+        return bool(self.config["reduction"] == "all_segments")
+
+    @property
+    def evens(self) -> bool:
+        """The pieces of a request are as long as each other, where its CTAs wait for each other's segments."""
+        return self.allots and self.by_segment
+
+    @property
+    def row_segments(self) -> int:
+        """What is shared out of a row: all of it, or segments."""
+        return max(self.config.problem.layout.block_d // 128, 1) if self.by_segment else 1
 
     @property
     def row_warps(self) -> int:
         """Warps that share a row when contributions to it are added up: one, or as many as it has vectors for."""
-        return max(self.config.problem.layout.block_d // 128, 1) if self.by_vector else 1
+        whole = self.by_vector and not self.by_segment
+        return max(self.config.problem.layout.block_d // 128, 1) if whole else 1
 
-    arrival_words = 4
-    """Counters of a request and its CTAs' heads where they wait for each other."""
+    segments_together = 2
+    """Segments that a warp adds up at a time where few have contributed to many of them."""
 
-    most_shares = 32
-    """Contributors that add up a share each where they wait: as many as a word has bits for."""
+    @property
+    def arrivals(self) -> int:
+        """Words that contributors to a request come to, where they wait for each other: each has bits for 32 shares."""
+        return min(-(-self.query_rows * self.row_segments // 32), 4) if self.by_segment else 1
+
+    @property
+    def arrival_words(self) -> int:
+        """Counters of a request and its CTAs' heads where they wait for each other."""
+        return 4 * self.arrivals
+
+    @property
+    def most_shares(self) -> int:
+        """Contributors that add up a share each where they wait: as many as there are bits for."""
+        return 32 * self.arrivals
 
     patience = 40
     """Times that a contributor looks whether all have come before it leaves its share to the last one."""
@@ -267,9 +296,10 @@ class DecodeTraits:
         return int(min(max(_SM_REGISTERS // threads // 2 // per_lane, 2), 8))
 
     def share_parts(self, heads: int, contributions: int) -> int:
-        """Parts of the contributions to each of the ``heads`` that a CTA adds up, as the kernel reckons; one or several
-        warps have a part."""
-        parts, most = 1, min(self.config["warps"] // self.row_warps // heads, (contributions - 1) // self.sums_ahead)
+        """Parts of the contributions to each of the ``heads`` (or segments) that a CTA adds up, as the kernel reckons;
+        one or several warps have a part."""
+        enough = self.sums_ahead // 2 if self.by_segment else self.sums_ahead  # a part has more contributions
+        parts, most = 1, min(self.config["warps"] // self.row_warps // heads, (contributions - 1) // enough)
         while self.divides_shares and 2 * parts <= most:
             parts *= 2
         return parts
