@@ -26,6 +26,22 @@ def test_warps_that_divide_a_heads_contributions_are_powers_of_two_with_enough_e
     assert DecodePlan(config.with_(reduction="all")).share_parts(1, 132) == 1
     teams = DecodePlan(config.with_(reduction="all_threads"))  # of two warps
     assert [teams.share_parts(heads, 132) for heads in (1, 2, 3, 4, 5)] == [4, 2, 1, 1, 1]
+    segments = DecodePlan(config.with_(reduction="all_segments"))
+    assert [segments.share_parts(1, n) for n in (2, 8, 9, 16, 17, 32, 33, 132)] == [1, 1, 2, 2, 4, 4, 8, 8]
+    assert [segments.share_parts(n, 132) for n in (1, 2, 3, 4, 5)] == [8, 4, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "gqa", "head_warps", "words"),
+    [(64, 4, 1, 1), (128, 8, 8, 2), (256, 6, 4, 2), (512, 8, 4, 4), (512, 8, 16, 4)],
+)
+def test_shares_are_as_many_as_segments_and_four_words_of_bits_at_most(
+    head_dim: int, gqa: int, head_warps: int, words: int
+) -> None:
+    config = default_config(Problem("decode", head_dim, gqa, "turboquant_4bit_nc")).with_(head_warps=head_warps)
+    plan = DecodePlan(config.with_(reduction="all_segments"))
+    assert (plan.arrivals, plan.arrival_words, plan.most_shares) == (words, 4 * words, 32 * words)
+    assert DecodePlan(config.with_(reduction="all_threads")).most_shares == 32
 
 
 def test_rows_are_read_in_whole_words_where_values_begin_within_them() -> None:
