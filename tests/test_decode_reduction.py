@@ -115,9 +115,23 @@ def test_more_shares_than_a_word_has_bits_for(schedule: str, kv_heads: int) -> N
     where each quits before the next comes, and where some do."""
     config = default_config(Problem("decode", 256, 16, "turboquant_4bit_nc"))
     config = config.with_(warps=4, head_warps=2, beginning="prompt", reduction="all_segments", schedule=schedule)
-    assert DecodePlan(config).arrivals == 2 and not get_space("decode").refusals(config, get_target("sm_90"))
+    assert DecodePlan(config).share_words == 2 and not get_space("decode").refusals(config, get_target("sm_90"))
     case = synthetic_cache(config.problem.layout, (1130, 40, 0, 33), q_heads=16 * kv_heads, kv_heads=kv_heads)
     for splits, concurrent in ((2, 40), (4, 40), (32, 90), (70, 1), (70, 3), (70, 150)):
+        check(config, case, splits, seed=splits, concurrent_ctas=concurrent)
+
+
+@pytest.mark.parametrize("patience", [0, 3, 40])
+@pytest.mark.parametrize("schedule", ["grid", "deal", "allot"])
+def test_four_words_of_shares(schedule: str, patience: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 segments of four heads, of which the last CTAs have three; requests that CTAs leave for others."""
+    config = default_config(Problem("decode", 512, 8, "turboquant_4bit_nc"))
+    values: dict[str, Value] = {"warps": 8, "head_warps": 4, "dim_warps": 1, "stages": 1, "beginning": "prompt"}
+    config = config.with_(reduction="all_segments", schedule=schedule, **values)
+    assert DecodePlan(config).share_words == 4 and not get_space("decode").refusals(config, get_target("sm_90"))
+    monkeypatch.setattr(DecodePlan, "patience", patience)
+    case = synthetic_cache(config.problem.layout, (900, 50, 0, 130), q_heads=24, kv_heads=3)
+    for splits, concurrent in ((5, 5), (21, 3)):
         check(config, case, splits, seed=splits, concurrent_ctas=concurrent)
 
 

@@ -40,7 +40,7 @@ def test_shares_are_as_many_as_segments_and_four_words_of_bits_at_most(
 ) -> None:
     config = default_config(Problem("decode", head_dim, gqa, "turboquant_4bit_nc")).with_(head_warps=head_warps)
     plan = DecodePlan(config.with_(reduction="all_segments"))
-    assert (plan.arrivals, plan.arrival_words, plan.most_shares) == (words, 4 * words, 32 * words)
+    assert (plan.share_words, plan.arrival_counters, plan.most_shares) == (words, 4 * words, 32 * words)
     assert DecodePlan(config.with_(reduction="all_threads")).most_shares == 32
 
 

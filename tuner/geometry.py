@@ -105,7 +105,7 @@ def decode_scratch(config: Config, *, batch: int, kv_heads: int, splits: int) ->
     plan = DecodePlan(config)
     branches = -(-splits // plan.branch)
     others = {"kernel": 0, "tree": 1 + branches}.get(str(config["reduction"]), plan.cluster)
-    counters = batch * _head_groups(config, kv_heads) * (plan.arrival_words if plan.waits else others)
+    counters = batch * _head_groups(config, kv_heads) * (plan.arrival_counters if plan.waits else others)
     return Scratch(-(-2 * rows // 4) * 4 + rows * plan.partial_row_floats, counters)
 
 

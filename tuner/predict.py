@@ -92,7 +92,8 @@ def _quotas(config: Config, bucket: Bucket, splits: int) -> tuple[list[tuple[int
         fits = (n for n in lengths if sum(-(-g // n) for g in groups) <= splits)
         length = next(fits, None)
         if length is not None and (not lead or length <= max(quota, shortest * least)):
-            return _cut(groups, [length] * len(groups))
+            own = [_piece(g, -(-g // length), least) if plan.evens and g else length for g in groups]
+            return _cut(groups, own)
     elif pieces and _piece(max(groups), pieces, least) <= quota + beginning:
         return _cut(groups, [_piece(g, pieces, least) for g in groups])
     if lead:

@@ -54,7 +54,8 @@ def arrange(regions: Regions) -> Mapping[str, int]:
         "exchange": regions.exchange_bytes,
         "stats": regions.stats_bytes,
         "barriers": regions.barrier_bytes,
-        "flag": 16,  # and, eight bytes on, the mbarrier of the inbox
+        # Eight bytes on, the mbarrier of the inbox; or 12 bytes for each word of shares, four at most.
+        "flag": 16,
         "queue": regions.queue_bytes,
     }
     others = sorted(((name, round_up(size, 128)) for name, size in sizes.items()), key=lambda o: -sizes[o[0]])

@@ -227,17 +227,18 @@ class DecodeTraits:
 
     @property
     def waits(self) -> bool:
-        """The contributors to a request wait for each other, and each adds up a share of the query heads."""
+        """The contributors to a request wait for each other, and each adds up a share: query heads, or segments."""
         return self.config["reduction"] in ("all", "all_warps", "all_threads", "all_segments")
 
     @property
     def divides_shares(self) -> bool:
-        """Where a CTA's share has fewer heads than can be added up at a time, a head's contributions are divided."""
+        """Where a CTA's share has fewer heads (or segments) than can be added up at a time, the contributions to each
+        are divided."""
         return self.config["reduction"] in ("all_warps", "all_threads", "all_segments")
 
     @property
     def by_vector(self) -> bool:
-        """Sums of several CTAs are added up by all threads, each of which has one vector of a row."""
+        """Sums of several CTAs are added up by all threads, each of which has a vector of a row at a time."""
         return self.config["reduction"] in ("all_threads", "all_segments")
 
     @property
@@ -266,19 +267,20 @@ class DecodeTraits:
     """Segments that a warp adds up at a time where few have contributed to many of them."""
 
     @property
-    def arrivals(self) -> int:
-        """Words that contributors to a request come to, where they wait for each other: each has bits for 32 shares."""
+    def share_words(self) -> int:
+        """Words of 64 bits that contributors to a request come to where they wait for each other: a count, and bits for
+        32 shares, each."""
         return min(-(-self.query_rows * self.row_segments // 32), 4) if self.by_segment else 1
 
     @property
-    def arrival_words(self) -> int:
+    def arrival_counters(self) -> int:
         """Counters of a request and its CTAs' heads where they wait for each other."""
-        return 4 * self.arrivals
+        return 4 * self.share_words
 
     @property
     def most_shares(self) -> int:
         """Contributors that add up a share each where they wait: as many as there are bits for."""
-        return 32 * self.arrivals
+        return 32 * self.share_words
 
     patience = 40
     """Times that a contributor looks whether all have come before it leaves its share to the last one."""

@@ -144,7 +144,7 @@ def _facts(source: Source) -> dict[str, Any]:
         "shared_bytes": plan.shared_bytes,
         "head_warps": config["head_warps"],
         "stream": int(config["schedule"] != "grid"),
-        "counts": plan.arrival_words if plan.waits else int(config["reduction"] != "kernel"),
+        "counts": plan.arrival_counters if plan.waits else int(config["reduction"] != "kernel"),
         "branch": plan.branch if config["reduction"] == "tree" else 0,
         "cluster": plan.cluster,
         "row_floats": plan.partial_row_floats,
