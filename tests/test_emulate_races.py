@@ -195,24 +195,19 @@ def test_contributions_that_warps_divide_have_no_races(root, reduction):
 
 
 def test_ranges_of_segments_that_follow_too_soon_are_a_race(root, monkeypatch):
-    """Eight segments, 17 contributions, and patience for which some of those who have shares quit: what the last to
-    come adds up for them are several ranges, each in parts."""
+    """Eight segments, 17 contributions, and a patience and a seed for which some of those who have shares quit: what
+    the last to come adds up for them are several ranges, each in parts."""
     monkeypatch.setattr(DecodePlan, "patience", 30)
     config = decode(FORMAT, 64, 8, warps=2, reduction="all_segments", beginning="prompt")
     case = synthetic_cache(config.problem.layout, (17 * 128,), q_heads=8, kv_heads=1)
     whole = render(config)
     meeting = "            if (again) sync_cta();\n"
     assert whole.text.count(meeting) == 1
-    broken, raced = replace(whole, text=whole.text.replace(meeting, "")), 0
-    for seed in range(4):
-        out = emulate_decode(config, case, 17, seed=seed, concurrent_ctas=17, races=True, root=root)
-        assert worst_head_error(out, case.expected()) <= 5e-3
-        try:
-            emulate_decode(config, case, 17, seed=seed, concurrent_ctas=17, races=True, root=root, source=broken)
-        except EmulationError as error:
-            assert "data race" in str(error)
-            raced += 1
-    assert raced
+    broken = replace(whole, text=whole.text.replace(meeting, ""))
+    out = emulate_decode(config, case, 17, seed=2, concurrent_ctas=17, races=True, root=root)
+    assert worst_head_error(out, case.expected()) <= 5e-3
+    with pytest.raises(EmulationError, match="data race"):
+        emulate_decode(config, case, 17, seed=2, concurrent_ctas=17, races=True, root=root, source=broken)
 
 
 @pytest.mark.parametrize("reduction", ["all_warps", "all_threads", "all_segments"])

@@ -253,15 +253,19 @@ class DecodeTraits:
         return self.allots and self.by_segment
 
     @property
+    def _vector_warps(self) -> int:
+        """Warps that a row has a vector for every lane of."""
+        return max(self.config.problem.layout.block_d // 128, 1)
+
+    @property
     def row_segments(self) -> int:
         """What is shared out of a row: all of it, or segments."""
-        return max(self.config.problem.layout.block_d // 128, 1) if self.by_segment else 1
+        return self._vector_warps if self.by_segment else 1
 
     @property
     def row_warps(self) -> int:
         """Warps that share a row when contributions to it are added up: one, or as many as it has vectors for."""
-        whole = self.by_vector and not self.by_segment
-        return max(self.config.problem.layout.block_d // 128, 1) if whole else 1
+        return self._vector_warps if self.by_vector and not self.by_segment else 1
 
     segments_together = 2
     """Segments that a warp adds up at a time where few have contributed to many of them."""
