@@ -3,6 +3,7 @@ against the same in Python's whole numbers."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -108,9 +109,11 @@ def wanted(config: Config, lengths: list[int], splits: int) -> list[Part]:
         ctas = range(begin // quota, (end - 1) // quota + 1)
         for i, cta in enumerate(ctas):
             first, last = max(cta * quota - begin, 0), min((cta + 1) * quota - begin, number)
-            goes_on = plan.by_segment and end < min((ctas[-1] + 1) * quota, total)
-            parts.append((cta, request, first, last, len(ctas), i, len(ctas) - goes_on))
+            parts.append((cta, request, first, last, len(ctas), i, len(ctas)))
         start = end
+    if plan.by_segment:  # who has tokens of the next request, too, waits for nobody
+        busy = {before[1] for before, after in itertools.pairwise(parts) if before[0] == after[0]}
+        parts = [(*part[:-1], part[-1] - (part[1] in busy)) for part in parts]
     return parts
 
 

@@ -231,6 +231,11 @@ class DecodeTraits:
         return self.config["reduction"] in ("all", "all_warps", "all_threads", "all_segments")
 
     @property
+    def tells_waits(self) -> bool:
+        """Whoever concludes a request says whether it has other work: with segments the others know."""
+        return self.waits and not self.by_segment
+
+    @property
     def divides_shares(self) -> bool:
         """Where a CTA's share has fewer heads (or segments) than can be added up at a time, the contributions to each
         are divided."""
