@@ -71,6 +71,23 @@ def test_contributors_that_wait_for_each_other(cache_format: str, values: dict[s
     assert torch.equal(emulate_decode(config, case, 70), emulate_decode(config, case, 70, seed=3, concurrent_ctas=8))
 
 
+@pytest.mark.parametrize("schedule", ["allot", "deal"])
+def test_who_has_only_the_beginning_of_another_request_left_has_a_share(schedule: str) -> None:
+    """Of five CTAs one ends within what comes before the tokens of the next request, and waits for the others."""
+    config = default_config(Problem("decode", 64, 6, "turboquant_4bit_nc"))
+    config = config.with_(**PROMPT, reduction="all_segments", schedule=schedule)
+    lengths, ctas = (91, 1155, 138, 322, 98), 5
+    steps = DecodePlan(config).token_warps * DecodePlan(config).tiles
+    lead, groups = DecodePlan(config).beginning_steps * steps, [-(-n // 16) for n in lengths]
+    quota = -(-(sum(groups) + lead * len(groups)) // ctas)
+    ends = [sum(groups[: i + 1]) + lead * (i + 1) for i in range(len(groups) - 1)]
+    several = [end for end, n in zip(ends, groups, strict=False) if (end - n) // quota < (end - 1) // quota]
+    assert any(0 < -end % quota <= lead for end in several)
+    case = small_case(config, lengths)
+    for concurrent_ctas in (1, 3, 40):
+        check(config, case, ctas, seed=concurrent_ctas, concurrent_ctas=concurrent_ctas)
+
+
 @pytest.mark.parametrize(
     ("beginning", "reduction"),
     [("ordered", "all"), *(("prompt", who) for who in ("all", "all_warps", "all_threads", "all_segments"))],

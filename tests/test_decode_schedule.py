@@ -80,7 +80,7 @@ def found(source: Source, lengths: list[int], splits: int) -> list[Part]:
 def wanted(config: Config, lengths: list[int], splits: int) -> list[Part]:
     """The same: the shortest equal pieces that no more CTAs than there are take, unless those are longer than equal
     quotas of a row in which every request has its beginning before its groups, or numbers are too large for pieces.
-    With segments each request's pieces are as long as each other, and who goes on to another request has no share."""
+    With segments each request's pieces are as long as each other, and who goes on to another's tokens has no share."""
     plan = DecodePlan(config)
     least, lead = plan.token_warps * plan.tiles, plan.beginning_steps * plan.token_warps * plan.tiles
     groups = [-(-max(n, 0) // 16) for n in lengths]

@@ -249,7 +249,7 @@ class DecodeTraits:
     @property
     def by_segment(self) -> bool:
         """What contributors share out are segments of rows, as many coefficients as a warp has vectors for, and the
-        last one has no share where it goes on to another request."""
+        last one has no share where it goes on to tokens of another request."""
         return bool(self.config["reduction"] == "all_segments")
 
     @property
