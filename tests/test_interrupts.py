@@ -1,5 +1,6 @@
 """An interrupt that arrives inside a callback, where Python ignores exceptions, still ends the program."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,24 @@ def test_it_is_raised_again_and_nothing_is_reported(times: int) -> None:
     done = run(kept=True, times=times)
     assert done.stdout.split() == ["interrupted"] * times + ["end"]
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("ending", "code"), [("", -signal.SIGALRM), ("let_go()", 0)])
+def test_none_is_raised_again_once_the_interpreter_ends(ending: str, code: int) -> None:
+    """Names with an underscore go first: an interrupt that is ignored then, and time for what would come of it."""
+    program = f"""
+import time
+from tuner.interrupts import keep_interrupts, let_go
+class Interrupted:
+    def __del__(self): raise KeyboardInterrupt
+class Slow:
+    def __del__(self, sleep=time.sleep): sleep(0.2)
+_first, last = Interrupted(), Slow()
+keep_interrupts()
+{ending}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and done.stderr == ""
 
 
 def test_other_ignored_exceptions_are_reported() -> None:

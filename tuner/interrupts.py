@@ -29,7 +29,8 @@ def put_off_within(package: str) -> None:
 def keep_interrupts() -> None:
     """From here on an interrupt is raised where it may be, and again if a callback swallowed it.
 
-    For the main thread of a program, once. Takes SIGALRM for itself. Where interrupts are ignored, they stay so.
+    For the main thread of a program, once, which calls let_go() before it ends. Takes SIGALRM for itself. Where
+    interrupts are ignored, they stay so.
     """
     report = sys.unraisablehook
     came_at: float | None = None
@@ -54,6 +55,13 @@ def keep_interrupts() -> None:
         signal.signal(signal.SIGINT, interrupted)
     signal.signal(signal.SIGALRM, interrupted)
     sys.unraisablehook = hook
+
+
+def let_go() -> None:
+    """From here on nothing is raised again: an alarm that came after the interpreter has put its handlers away, set by
+    a destructor that is called then, would end the program with a code of its own."""
+    signal.signal(signal.SIGALRM, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _is_within(frame: FrameType | None) -> bool:

@@ -14,7 +14,7 @@ import click
 
 from tuner.cli.group import cli
 from tuner.errors import TunerError
-from tuner.interrupts import keep_interrupts
+from tuner.interrupts import keep_interrupts, let_go
 
 EXIT_INTERRUPTED = 130
 
@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
     keep_interrupts()
     args = list(sys.argv[1:] if argv is None else argv)
-    sys.exit(run(args))
+    code = run(args)
+    let_go()
+    sys.exit(code)
 
 
 def run(args: Sequence[str]) -> int:
