@@ -72,13 +72,13 @@ def test_contributors_that_wait_for_each_other(cache_format: str, values: dict[s
 
 
 @pytest.mark.parametrize("schedule", ["allot", "deal"])
-def test_who_has_only_the_beginning_of_another_request_left_has_a_share(schedule: str) -> None:
-    """Of five CTAs one ends within what comes before the tokens of the next request, and waits for the others."""
+def test_contributors_of_which_one_has_only_the_beginning_of_another_request_left(schedule: str) -> None:
+    """One of five CTAs ends within what comes before the tokens of the next request, and waits for the others."""
     config = default_config(Problem("decode", 64, 6, "turboquant_4bit_nc"))
     config = config.with_(**PROMPT, reduction="all_segments", schedule=schedule)
     lengths, ctas = (91, 1155, 138, 322, 98), 5
-    steps = DecodePlan(config).token_warps * DecodePlan(config).tiles
-    lead, groups = DecodePlan(config).beginning_steps * steps, [-(-n // 16) for n in lengths]
+    plan, groups = DecodePlan(config), [-(-n // 16) for n in lengths]
+    lead = plan.beginning_steps * plan.token_warps * plan.tiles
     quota = -(-(sum(groups) + lead * len(groups)) // ctas)
     ends = [sum(groups[: i + 1]) + lead * (i + 1) for i in range(len(groups) - 1)]
     several = [end for end, n in zip(ends, groups, strict=False) if (end - n) // quota < (end - 1) // quota]

@@ -23,9 +23,10 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command line and exits: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
     keep_interrupts()
     args = list(sys.argv[1:] if argv is None else argv)
-    code = run(args)
-    let_go()
-    sys.exit(code)
+    try:
+        sys.exit(run(args))
+    finally:
+        let_go()
 
 
 def run(args: Sequence[str]) -> int:
