@@ -23,6 +23,7 @@ RUN_STORES: tuple[dict[str, int | str], ...] = (
     {"store": "run"},
     {"store": "ahead"},
     {"store": "ahead", "sides": "copied"},
+    {"store": "ahead", "sides": "copied", "loop": "two"},
 )
 """Ways to write slots that lie side by side as one."""
 JOINT = [f for f in FORMATS if not FORMATS[f].separate_planes]

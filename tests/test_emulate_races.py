@@ -265,11 +265,14 @@ def test_dequant_has_no_races(root):
 
 AHEAD = default_config(Problem("store", 128, 1, FORMAT)).with_(store="ahead", passes=2)
 COPIED = AHEAD.with_(sides="copied", rows=2, chunks=2, transform="tensor", search="packed")
+TWO = COPIED.with_(rows=1, passes=4, chunks=4, transform="quads", loop="two")
 
 
 @pytest.mark.parametrize("adjacent", [False, True])
 @pytest.mark.parametrize(
-    "config", [AHEAD.with_(store="staged", store_bytes=16), AHEAD, COPIED], ids=["staged", "ahead", "copied"]
+    "config",
+    [AHEAD.with_(store="staged", store_bytes=16), AHEAD, COPIED, TWO],
+    ids=["staged", "ahead", "copied", "two loops"],
 )
 def test_store_has_no_races(root, config, adjacent):
     case = store_case(config.problem, 37, kv_heads=4)
@@ -280,21 +283,25 @@ def test_store_has_no_races(root, config, adjacent):
     assert (cache != case.before).any()
 
 
-@pytest.mark.parametrize(
-    "barrier",
-    [
-        r"cp_async_wait<2 \* ROWS - 1>\(\);(?=  // the oldest)",
-        r"sync_warp\(\);(?=\n#pragma unroll\n.*SIZE / UNIT)",
-        r"sync_warp\(\);(?=  // the next rows reuse the buffer)",
-    ],
-)
-def test_a_store_without_one_of_its_barriers_races(root, monkeypatch, barrier):
-    mutant, count = re.subn(barrier, "", render(COPIED).text)
+OF_A_STORE = [
+    (COPIED, r"cp_async_wait<2 \* ROWS - 1>\(\);(?=  // the oldest)"),
+    (COPIED, r"sync_warp\(\);(?=\n#pragma unroll\n.*SIZE / UNIT)"),
+    (COPIED, r"sync_warp\(\);(?=  // the next rows reuse the buffer)"),
+    (TWO, r"cp_async_wait<2 \* ROWS - 1>\(\);(?=  // the oldest)"),
+    (TWO, r"cp_async_wait<2 \* ROWS - 1>\(\);(?=\s*value\.take)"),
+    (TWO, r"sync_warp\(\);(?=\n#pragma unroll\n.*SIZE / UNIT)"),
+    (TWO, r"sync_warp\(\);(?=  // the next rows reuse the buffer)"),
+]
+
+
+@pytest.mark.parametrize(("config", "barrier"), OF_A_STORE)
+def test_a_store_without_one_of_its_barriers_races(root, monkeypatch, config, barrier):
+    mutant, count = re.subn(barrier, "", render(config).text)
     assert count == 1
     monkeypatch.setattr(emulated, "render", lambda _: SimpleNamespace(text=mutant))
-    case = replace(store_case(COPIED.problem, 37, kv_heads=4), slot_mapping=torch.arange(3, 40, dtype=torch.int32))
+    case = replace(store_case(config.problem, 37, kv_heads=4), slot_mapping=torch.arange(3, 40, dtype=torch.int32))
     with pytest.raises(EmulationError, match="data race in shared memory"):
-        emulate_store(COPIED, case.before.clone(), case, seed=1, races=True, root=root)
+        emulate_store(config, case.before.clone(), case, seed=1, races=True, root=root)
 
 
 MUTATIONS = [

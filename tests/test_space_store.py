@@ -67,6 +67,7 @@ def test_leads_are_distinct_and_allowed(problem: Problem) -> None:
         ("no_run", {"store": "run", "sides": "together", "format_name": "turboquant_seed"}),
         ("slots_ahead", {"store": "ahead", "sides": "together", "chunks": 2, "passes": 8, "rows": 2}),
         ("copies_ahead", {"store": "run", "sides": "copied"}),
+        ("two_loops", {"loop": "two", "sides": "together"}),
         ("passes_together", {"passes": 2, "sides": "turns"}),
         ("occupancy", {"warps": 16, "min_ctas": 4}),
         ("registers", {"warps": 8, "min_ctas": 6, "rows": 8, "sides": "together"}),

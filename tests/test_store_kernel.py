@@ -42,9 +42,10 @@ def draw(rng: random.Random, problem: Problem, warps: int) -> Config:
     if fmt.separate_planes and values["sides"] == "copied":
         values |= {"sides": "together"}
     if values["sides"] == "copied":
-        values |= {"store": "ahead"}
-    elif values["sides"] != "together" or fmt.separate_planes:
+        return SPACE.config(problem, values | {"store": "ahead"})
+    if values["sides"] != "together" or fmt.separate_planes:
         values |= {"passes": 1, "store": "staged" if values["store"] in RUNS else values["store"]}
+    values |= {"loop": "one"}
     return SPACE.config(problem, values)
 
 

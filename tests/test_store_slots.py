@@ -47,7 +47,8 @@ def test_runs_of_slots(format_name: str, head_dim: int) -> None:
     """Adjacent slots at even and odd addresses, with gaps, and some without a slot."""
     narrow = 2 if head_dim == 512 else 1
     widest = 16, 4 if head_dim > 64 else 2
-    ways = zip(((4, narrow), (8, 2), widest, widest, (8, 2)), (*3 * RUN_STORES[:1], *RUN_STORES[1:]), strict=True)
+    widths = (4, narrow), (8, 2), widest, widest, (8, 2), widest
+    ways = zip(widths, (*3 * RUN_STORES[:1], *RUN_STORES[1:]), strict=True)
     configs = [problem_config(format_name, head_dim, store_bytes=n, chunks=chunks, **how) for (n, chunks), how in ways]
     compiled(*configs)
     case = small_case(format_name, head_dim, tokens=11, kv_heads=4)
@@ -73,7 +74,7 @@ def test_runs_of_slots(format_name: str, head_dim: int) -> None:
 @pytest.mark.parametrize("format_name", JOINT)
 def test_however_rows_come_and_slots_are_found_the_bytes_are_the_same(format_name: str, head_dim: int) -> None:
     first = SPACE.leads(Problem("store", head_dim, 1, format_name), 8)[0].with_(
-        store="run", sides="together", rows=1, passes=2, min_ctas=1
+        store="run", sides="together", rows=1, passes=2, min_ctas=1, loop="one"
     )
     configs = [first, *(first.with_(**how) for how in RUN_STORES[1:])]
     configs.append(configs[-1].with_(rows=2, passes=1, warps=1))
@@ -94,7 +95,7 @@ def test_however_rows_come_and_slots_are_found_the_bytes_are_the_same(format_nam
 def test_adjacent_slots_do_leave_as_one(slots: str, how: dict[str, int | str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the copy of a run is taken out of the kernel, adjacent slots are missing, and no others."""
     config = problem_config("turboquant_4bit_nc", 128, store_bytes=16, chunks=2, **how)
-    mutant, count = re.subn(r"if \(run\.whole\) run\.copy\(.*\);", "if (run.whole) ;", render(config).text)
+    mutant, count = re.subn(r"(if \((?:PLAIN \|\| )?run\.whole\)) run\.copy\(.*\);", r"\1 ;", render(config).text)
     assert count == 1
     monkeypatch.setattr(emulated, "render", lambda _: SimpleNamespace(text=mutant))
     case = small_case("turboquant_4bit_nc", 128, tokens=11, kv_heads=4)
@@ -124,6 +125,36 @@ def test_warps_that_load_again(format_name: str, how: dict[str, int | str], rows
     config = problem_config(format_name, 128, passes=passes, rows=rows, warps=1, chunks=2, **values, **how)
     for tokens, kv_heads in ((1, 1), (8, 1), (11, 3), (9, 8)):
         check(config, small_case(format_name, 128, tokens=tokens, kv_heads=kv_heads), seed=tokens)
+
+
+@needs_gxx
+@pytest.mark.parametrize("format_name", ["turboquant_k8v4", "turboquant_3bit_nc"])
+@pytest.mark.parametrize("tokens", [8, 23])
+def test_a_pass_that_needs_more_ends_the_short_loop(format_name: str, tokens: int) -> None:
+    """The first, a middle or the last pass of a warp: keys to be scaled, slots apart or missing; values with a range to
+    be scaled; rows without alignment and midpoints that share a cell, which leave nothing to the short loop."""
+    values = {"transform": "quads", "search": "packed"} if FORMATS[format_name].key_codebook else {}
+    how = RUN_STORES[-1] | values
+    config = problem_config(format_name, 128, passes=4, warps=2, chunks=4, store_bytes=16, **how)
+    case = small_case(format_name, 128, tokens=tokens, kv_heads=4)
+    case = replace(case, slot_mapping=torch.arange(5, 5 + tokens, dtype=torch.int64))
+    check(config, case)
+    for token in (0, tokens // 2, tokens - 1):
+        rows = case.key.clone()
+        rows[token, 3] = torch.linspace(-1e38, 1e38, 128)
+        check(config, replace(case, key=rows))
+        rows = case.value.clone()
+        rows[token, 3] = torch.linspace(-1e38, 1e38, 128)
+        check(config, replace(case, value=rows))
+        for slot in (-1, 1):
+            slots = case.slot_mapping.clone()
+            slots[token] = slot
+            check(config, replace(case, slot_mapping=slots))
+    if FORMATS[format_name].key_codebook:
+        uneven = torch.tensor([-0.5, -0.01, 0.0, 0.001, 0.002, 0.0025, 0.3, 0.3])
+        check(config, replace(case, codec=replace(case.codec, centroids=uneven)))
+    unaligned = small_case(format_name, 128, tokens=tokens, kv_heads=4, gap=1)
+    check(config, replace(unaligned, slot_mapping=case.slot_mapping))
 
 
 @needs_gxx

@@ -43,6 +43,13 @@ AXES = (
         "times that a warp loads: before all that it holds is coded, the next rows are on their way",
     ),
     Axis("min_ctas", (1, 2, 3, 4, 5, 6, 8), "CTAs per SM that the register allocation must allow"),
+    Axis(
+        "loop",
+        ("one", "two"),
+        "all passes are one loop, or those that need nothing special have a short one, before which slots and midpoints"
+        " are asked for ahead of the rows",
+        absent="one",
+    ),
 )
 
 CHUNK = 8
@@ -205,6 +212,11 @@ CONSTRAINTS = (
         lambda c, _: c["sides"] == "copied" and c["store"] != "ahead",
     ),
     Constraint(
+        "two_loops",
+        "only where rows are copied ahead there are two loops",
+        lambda c, _: c["loop"] == "two" and c["sides"] != "copied",
+    ),
+    Constraint(
         "passes_together",
         "only a warp that holds a token's key and value together loads again: others need the registers in turn",
         lambda c, _: c["passes"] > 1 and c["sides"] not in TOGETHER,
@@ -264,6 +276,9 @@ def _leads(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     # Rows that are copied ahead leave registers for more warps, and fewer tokens want fewer passes of each.
     ahead = run | {"store": "ahead", "sides": "copied"}
     copied = [
+        _config(problem, chunks=widest, passes=n, min_ctas=4, loop="two", **ahead | {"store_bytes": b})
+        for n, b in ((4, 8), (4, 16), (3, 16), (2, 8), (2, 16), (1, 16))
+    ] + [
         _config(problem, chunks=widest, rows=r, passes=n, min_ctas=m, **ahead)
         for r, n, m in ((2, 2, 4), (1, 4, 4), (1, 3, 6), (1, 2, 6), (1, 2, 4), (1, 1, 4))
     ]
