@@ -26,6 +26,8 @@ RUN_STORES: tuple[dict[str, int | str], ...] = (
     {"store": "ahead", "sides": "copied", "loop": "two"},
 )
 """Ways to write slots that lie side by side as one."""
+UNEVEN = torch.tensor([-0.5, -0.01, 0.0, 0.001, 0.002, 0.0025, 0.3, 0.3])
+"""Levels of 3 bits so uneven that two midpoints share a cell."""
 JOINT = [f for f in FORMATS if not FORMATS[f].separate_planes]
 """Formats whose key and value share a slot."""
 

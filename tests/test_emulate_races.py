@@ -291,6 +291,7 @@ OF_A_STORE = [
     (TWO, r"cp_async_wait<2 \* ROWS - 1>\(\);(?=\s*value\.take)"),
     (TWO, r"sync_warp\(\);(?=\n#pragma unroll\n.*SIZE / UNIT)"),
     (TWO, r"sync_warp\(\);(?=  // the next rows reuse the buffer)"),
+    (TWO, r"sync_warp\(\);(?=\n    }\n    WPH_DEVICE void multiply)"),
 ]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from covering import covering
 from emulated import emulate_store, needs_gxx
-from store_emulated import JOINT, RUN_STORES, STORES, check, compiled, problem_config, small_case, twin
+from store_emulated import JOINT, RUN_STORES, STORES, UNEVEN, check, compiled, problem_config, small_case, twin
 
 import tuner
 from tuner.arguments import store_params
@@ -178,14 +178,13 @@ def test_any_ascending_codebook(search: str) -> None:
     """Levels so uneven that two midpoints share a cell, equal levels, and coefficients exactly on a midpoint."""
     config = problem_config("turboquant_3bit_nc", 64, search=search)
     case = small_case("turboquant_3bit_nc", 64)
-    uneven = torch.tensor([-0.5, -0.01, 0.0, 0.001, 0.002, 0.0025, 0.3, 0.3])
     level = 64**-0.5
     on_midpoints = (
         torch.tensor([-3, -2, -1.5, -1, 0, 1, 2, 4.0]) * level
     )  # of a one-hot row all coefficients are +-level
     one_hot = torch.zeros_like(case.key)
     one_hot[..., 0], one_hot[1::2, :, 5] = 2.0, 0.0
-    for centroids in (uneven, on_midpoints):
+    for centroids in (UNEVEN, on_midpoints):
         check(config, replace(case, codec=replace(case.codec, centroids=centroids)))
         check(config, replace(case, key=one_hot, codec=replace(case.codec, centroids=centroids)))
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import emulated
 import pytest
 import torch
 from emulated import emulate_store, needs_gxx
 from odd_caches import restride
-from store_emulated import JOINT, RUN_STORES, STORES, check, compiled, problem_config, small_case, twin
+from store_emulated import JOINT, RUN_STORES, STORES, UNEVEN, check, compiled, problem_config, small_case, twin
 
 from tuner import emulate, geometry
 from tuner.arguments import store_params
+from tuner.check_store import StoreCase
 from tuner.formats import FORMATS, HEAD_DIMS
 from tuner.reference import make_cache, store
 from tuner.render import render
@@ -127,17 +129,64 @@ def test_warps_that_load_again(format_name: str, how: dict[str, int | str], rows
         check(config, small_case(format_name, 128, tokens=tokens, kv_heads=kv_heads), seed=tokens)
 
 
+TWO_LOOPS = RUN_STORES[-1]
+
+
+def in_a_row(format_name: str, tokens: int, **options: Any) -> StoreCase:
+    """Tokens whose slots follow one another, two of them and eight rows to a pass of ``chunks=4``."""
+    case = small_case(format_name, 128, tokens=tokens, kv_heads=4, **options)
+    return replace(case, slot_mapping=torch.arange(5, 5 + tokens, dtype=torch.int64))
+
+
 @needs_gxx
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("format_name", ["turboquant_k8v4", "turboquant_3bit_nc"])
+def test_passes_that_need_nothing_special_are_done_in_the_short_loop(
+    format_name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the other loop's passes are taken out of the kernel, theirs are missing, and no others."""
+    config = problem_config(format_name, 128, passes=4, warps=2, chunks=4, **TWO_LOOPS)
+    if FORMATS[format_name].key_codebook:
+        config = config.with_(transform="quads", search="packed")
+    mutant, count = re.subn(r"(if \(pass < passes\)) code\(Kind<false>\(\), pass\);", r"\1 ;", render(config).text)
+    assert count == 1
+    monkeypatch.setattr(emulated, "render", lambda _: SimpleNamespace(text=mutant))
+    case = in_a_row(format_name, 8, dtype=dtype)
+    check(config, case)
+    hole = case.slot_mapping.clone()
+    hole[3] = -1
+    scaled = case.key.clone()
+    scaled[3, 1] = torch.linspace(-1e4, 1e4, 128) * (1e30 if dtype == torch.bfloat16 else 1)
+    coded = FORMATS[format_name].key_codebook
+    others = [replace(case, slot_mapping=hole)]
+    others += [in_a_row(format_name, 8, dtype=dtype, gap=1)]
+    others += [replace(case, key=scaled)] if coded and dtype == torch.bfloat16 else []
+    others += [replace(case, codec=replace(case.codec, centroids=UNEVEN))] if coded else []
+    for other in others:
+        with pytest.raises(AssertionError):
+            check(config, other)
+
+
+@needs_gxx
 @pytest.mark.parametrize("tokens", [8, 23])
-def test_a_pass_that_needs_more_ends_the_short_loop(format_name: str, tokens: int) -> None:
-    """The first, a middle or the last pass of a warp: keys to be scaled, slots apart or missing; values with a range to
-    be scaled; rows without alignment and midpoints that share a cell, which leave nothing to the short loop."""
-    values = {"transform": "quads", "search": "packed"} if FORMATS[format_name].key_codebook else {}
-    how = RUN_STORES[-1] | values
-    config = problem_config(format_name, 128, passes=4, warps=2, chunks=4, store_bytes=16, **how)
-    case = small_case(format_name, 128, tokens=tokens, kv_heads=4)
-    case = replace(case, slot_mapping=torch.arange(5, 5 + tokens, dtype=torch.int64))
+@pytest.mark.parametrize(
+    ("format_name", "changes"),
+    [
+        ("turboquant_k8v4", {}),
+        ("turboquant_3bit_nc", {"transform": "quads", "search": "packed"}),
+        ("turboquant_3bit_nc", {"transform": "quads", "search": "packed", "rows": 2, "passes": 2}),
+        ("turboquant_4bit_nc", {"transform": "tensor", "search": "cells", "chunks": 2}),
+        ("turboquant_4bit_nc", {}),
+    ],
+    ids=lambda v: v if isinstance(v, str) else " ".join(map(str, v.values())),
+)
+def test_a_pass_that_needs_more_is_done_right(format_name: str, changes: dict[str, int | str], tokens: int) -> None:
+    """A warp's first, middle or last pass: keys to be scaled, slots apart or missing, or values with a range to be
+    scaled, which the short loop does; and where all need more: keys or values without alignment, midpoints that share
+    a cell."""
+    config = problem_config(format_name, 128, passes=4, warps=2, chunks=4, store_bytes=16, **TWO_LOOPS)
+    config = config.with_(**changes)
+    case = in_a_row(format_name, tokens)
     check(config, case)
     for token in (0, tokens // 2, tokens - 1):
         rows = case.key.clone()
@@ -150,11 +199,11 @@ def test_a_pass_that_needs_more_ends_the_short_loop(format_name: str, tokens: in
             slots = case.slot_mapping.clone()
             slots[token] = slot
             check(config, replace(case, slot_mapping=slots))
-    if FORMATS[format_name].key_codebook:
-        uneven = torch.tensor([-0.5, -0.01, 0.0, 0.001, 0.002, 0.0025, 0.3, 0.3])
-        check(config, replace(case, codec=replace(case.codec, centroids=uneven)))
-    unaligned = small_case(format_name, 128, tokens=tokens, kv_heads=4, gap=1)
-    check(config, replace(unaligned, slot_mapping=case.slot_mapping))
+    if format_name == "turboquant_3bit_nc":
+        check(config, replace(case, codec=replace(case.codec, centroids=UNEVEN)))
+    unaligned = in_a_row(format_name, tokens, gap=1)
+    for other in (unaligned, replace(case, key=unaligned.key), replace(case, value=unaligned.value)):
+        check(config, other)
 
 
 @needs_gxx

@@ -46,8 +46,8 @@ AXES = (
     Axis(
         "loop",
         ("one", "two"),
-        "all passes are one loop, or those that need nothing special have a short one, before which slots and midpoints"
-        " are asked for ahead of the rows",
+        "all passes are one loop, or those that need nothing special have a short one, before which a search's"
+        " midpoints are asked for ahead of the rows, and slots looked up while the first keys come",
         absent="one",
     ),
 )
@@ -213,7 +213,7 @@ CONSTRAINTS = (
     ),
     Constraint(
         "two_loops",
-        "only where rows are copied ahead there are two loops",
+        "only where rows are copied ahead are there two loops",
         lambda c, _: c["loop"] == "two" and c["sides"] != "copied",
     ),
     Constraint(
