@@ -2,7 +2,7 @@
 
     python benchmarks/races.py                          # the package's tables, eight minutes
     python benchmarks/races.py --tables build/tables
-    python benchmarks/races.py --ops dequant,store      # the package's, one minute
+    python benchmarks/races.py --ops dequant,store      # the package's, half a minute
 
 Every kernel runs twice in the emulator under the thread sanitizer, with two CTAs at a time and with one: of decode
 attention over requests of 0 to 300 tokens in ten splits, of dequantisation over the same requests and over what a step
