@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,9 @@ from tuner.table import (
     verify,
     write,
 )
+from tuner.table.install import TABLE_PATTERN
 from tuner.table.schema import to_json
+from tuner.table.store import PACKAGE_TABLES
 
 PROBLEM = Problem("decode", 256, 16, "turboquant_4bit_nc")
 CUBINS = (b"\x7fELF first cubin", b"\x7fELF second cubin")
@@ -289,6 +292,34 @@ def test_merge_takes_the_newer_and_keeps_the_rest() -> None:
         assert lookup(merged, 8, 65536) == Choice(K1.id, 14)
         assert merged.provenance.seed == 8 and "seed 7" in merged.provenance.history[0]
         assert set(merged.kernels) == {K0, K1}
+
+
+def test_merge_compares_choices_for_all_contexts_with_the_buckets_of_the_result() -> None:
+    old = make_table()
+    faster = replace(
+        old,
+        provenance=replace(old.provenance, date="2026-02-01T00:00:00Z"),
+        by_batch=(),
+        by_batch_and_context=(bucket(1, 1024, K0, 11, 4.0), bucket(8, 65536, K1, 14, 100.0)),
+    )
+    one, eight, sixty_four = merge(old, faster).by_batch
+    # 5 and 90 us, where the best of each context is 4 and 20, 20 and 100, 20 and 20.
+    assert one.worst_ratio == 4.5 and one.mean_ratio == pytest.approx((1.25 * 4.5) ** 0.5)
+    assert eight.worst_ratio == eight.mean_ratio == 1.0
+    assert sixty_four.worst_ratio == 4.5 and sixty_four.mean_ratio == pytest.approx(4.5**0.5)
+
+
+def test_choices_for_all_contexts_of_the_package_are_compared_with_its_buckets() -> None:
+    compared = 0
+    for path in PACKAGE_TABLES.glob(TABLE_PATTERN):
+        table = read(path, cubins=False)
+        best = {(e.batch, e.timing.context, e.timing.ragged): e.timing.time_us for e in table.by_batch_and_context}
+        for entry in table.by_batch:
+            ratios = [max(1.0, t.time_us / best[entry.batch, t.context, t.ragged]) for t in entry.timings]
+            assert entry.worst_ratio == pytest.approx(max(ratios)), (path.name, entry.batch)
+            assert entry.mean_ratio == pytest.approx(math.prod(ratios) ** (1 / len(ratios))), (path.name, entry.batch)
+            compared += 1
+    assert compared > 300
 
 
 def test_merge_never_mixes_evidence() -> None:

@@ -18,7 +18,7 @@ from tuner.search.publish import publish
 from tuner.search.records import Record
 from tuner.search.request import Failure, TuneRequest, TuneResult
 from tuner.space import get_space
-from tuner.table.portfolio import TOLERANCE, BatchChoice, best_splits, cover, for_all_contexts
+from tuner.table.portfolio import TOLERANCE, BatchChoice, best_splits, cover, for_all_contexts, worst_and_mean
 from tuner.table.schema import BatchEntry, BucketEntry, Kernel, RunnerUp, Table, Timing, kernel_id
 from tuner.workload import Bucket
 
@@ -259,12 +259,13 @@ def _table(
             continue
         point = (plan.by_batch[batch].kernel, plan.by_batch[batch].splits)
         rows = [outcomes[b.key] for b in group if b.key in outcomes]
-        ratios = [max(1.0, o.times[point].median_us / o.times[o.winner].median_us) for o in rows]
-        mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
+        worst, mean = worst_and_mean(
+            [o.times[point].median_us for o in rows], [o.times[o.winner].median_us for o in rows]
+        )
         timings = tuple(o.timing(point) for o in rows)
         longest = max(rows, key=lambda o: (not o.bucket.ragged, o.bucket.context))
         runner_up = longest.runner_up(point, finalists)
-        by_batch.append(BatchEntry(batch, ids[point[0]], point[1], max(ratios), mean, timings, runner_up))
+        by_batch.append(BatchEntry(batch, ids[point[0]], point[1], worst, mean, timings, runner_up))
     used = {e.kernel for e in by_bucket} | {e.kernel for e in by_batch}
     kernels = {ids[n]: _kernel(ids[n], arch, c) for n, c in candidates.items() if ids[n] in used}
     return Table(

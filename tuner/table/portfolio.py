@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 TOLERANCE = 0.02
@@ -83,13 +83,17 @@ def for_all_contexts(
     for kernel, splits in sorted(points):
         if kernels is not None and kernel not in kernels:
             continue
-        ratios = [row[kernel, splits] / b for row, b in zip(rows, best, strict=True)]
-        mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
-        choices.append(BatchChoice(kernel, splits, max(ratios), mean))
+        choices.append(BatchChoice(kernel, splits, *worst_and_mean([row[kernel, splits] for row in rows], best)))
     if not choices:
         return None
     bar = min(c.worst_ratio for c in choices) * (1 + worst_within)
     return min((c for c in choices if c.worst_ratio <= bar), key=lambda c: (c.mean_ratio, c.kernel, c.splits))
+
+
+def worst_and_mean(times: Sequence[float], best: Sequence[float]) -> tuple[float, float]:
+    """The greatest and the geometric mean of ``times`` / ``best``, none less than 1: they may be of different races."""
+    ratios = [max(1.0, t / b) for t, b in zip(times, best, strict=True)]
+    return max(ratios), math.exp(math.fsum(map(math.log, ratios)) / len(ratios))
 
 
 def _greedy(rows: Mapping[str, Mapping[int, float]], good: Mapping[str, set[int]]) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from tuner.table.files import (
     shorten,
     write_whole,
 )
+from tuner.table.portfolio import worst_and_mean
 from tuner.table.schema import (
     SCHEMA_VERSION,
     BatchEntry,
@@ -132,7 +133,8 @@ def user_folder() -> Path:
 
 
 def merge(a: Table, b: Table) -> Table:
-    """One table with the buckets of both; where both have one, the newer's (provenance.date).
+    """One table with the buckets of both; where both have one, the newer's (provenance.date). Choices for all contexts
+    are compared with the buckets of the result.
 
     Predicted times are never mixed with measured ones: of unlike evidence the measured table is the result. Raises
     TableError where problem, device, or KV heads differ.
@@ -149,10 +151,11 @@ def merge(a: Table, b: Table) -> Table:
     old, new = sorted((a, b), key=lambda t: t.provenance.date)
     by_batch = {e.batch: e for e in (*old.by_batch, *new.by_batch)}
     by_bucket = {_bucket(e): e for e in (*old.by_batch_and_context, *new.by_batch_and_context)}
+    survives = any(by_batch[e.batch] is e for e in old.by_batch)
+    by_batch = {b: _compared(e, by_bucket) for b, e in by_batch.items()}
     used = {e.kernel for e in by_batch.values()} | {e.kernel for e in by_bucket.values()}
     kernels = {k.id: k for k in (*old.kernels, *new.kernels) if k.id in used}
     provenance = new.provenance
-    survives = any(by_batch[e.batch] is e for e in old.by_batch)
     if survives or any(by_bucket[_bucket(e)] is e for e in old.by_batch_and_context):
         p = old.provenance
         line = shorten(f"{p.date} nvcc {p.nvcc} commit {p.git_commit} seed {p.seed}", 200)
@@ -165,6 +168,19 @@ def merge(a: Table, b: Table) -> Table:
         by_batch=tuple(by_batch[b] for b in sorted(by_batch)),
         by_batch_and_context=tuple(by_bucket[b] for b in sorted(by_bucket)),
     )
+
+
+def _compared(entry: BatchEntry, by_bucket: Mapping[tuple[int, int, bool], BucketEntry]) -> BatchEntry:
+    """``entry`` with the ratios of its times to those of the buckets' own choices, as far as there are such."""
+    pairs = [
+        (t.time_us, by_bucket[key].timing.time_us)
+        for t in entry.timings
+        if (key := (entry.batch, t.context, t.ragged)) in by_bucket
+    ]
+    if not pairs:
+        return entry
+    worst, mean = worst_and_mean(*zip(*pairs, strict=True))
+    return replace(entry, worst_ratio=worst, mean_ratio=mean)
 
 
 def export(path: Path | str, folder: Path | str, sources: Mapping[str, str] | None = None) -> Path:
