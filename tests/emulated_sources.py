@@ -23,6 +23,10 @@ class Counting(ctypes.Structure):
     _fields_ = [(n, ctypes.c_uint64) for n in ("a", "partials", "counter", "out")]
 
 
+class Edges(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_uint64) for n in ("data", "counter", "out")] + [("n", ctypes.c_int32)]
+
+
 class Faults(ctypes.Structure):
     _fields_ = [("data", ctypes.c_uint64), ("out", ctypes.c_uint64), ("n", ctypes.c_int32)]
 
@@ -47,6 +51,26 @@ def run_fault(root, entry, n=0, *, block=32, shared=256, data=None, seed=0, time
     buffers = {"data": data, "out": out}
     emulate(source("faults.cu"), launch, Faults(n=n), buffers, root=root, seed=seed, timeout_s=timeout_s)
     return out
+
+
+def run_edge(root, entry, n, *, grid=1, **options):
+    """Words [grid, 64] that ``entry`` of races.cu wrote; ``n`` 0 leaves its edge out."""
+    out = np.zeros((grid, 64), np.uint32)
+    buffers = {"data": np.arange(64, dtype=np.uint32) + 100, "counter": np.zeros(1, np.int32), "out": out}
+    launch = Launch(entry, (grid, 1, 1), 64, 512)
+    emulate(source("races.cu"), launch, Edges(n=n), buffers, races=True, root=root, **options)
+    return out
+
+
+def folder_for_races(tmp_path_factory):
+    """A clean build directory; skips where no program runs under the thread sanitizer."""
+    folder = tmp_path_factory.mktemp("build")
+    try:
+        run_edge(folder, "across_warps", 1)
+    except EmulationError as error:
+        skip_without_thread_sanitizer(error)
+        raise
+    return folder
 
 
 def skip_without_thread_sanitizer(error: EmulationError) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 from command_line import make_table
-from emulated import emulate_decode, emulate_dequant, emulate_store, needs_gxx, worst_head_error
-from emulated_sources import run_primitive, skip_without_thread_sanitizer, source
+from emulated import emulate_decode, emulate_dequant, needs_gxx, worst_head_error
+from emulated_sources import folder_for_races, run_edge, run_primitive, source
 
 from benchmarks import races
-from tuner.check_store import store_case
-from tuner.emulate import EmulationError, Launch, compile_many, compile_source, emulate
+from tuner.emulate import EmulationError, compile_many, compile_source
 from tuner.reference import Case, synthetic_cache
 from tuner.render import render
 from tuner.space import Config, Problem, default_config
@@ -27,29 +25,9 @@ from tuner.suits import reads_head_major
 pytestmark = needs_gxx
 
 
-class Params(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_uint64) for n in ("data", "counter", "out")] + [("n", ctypes.c_int32)]
-
-
-def run(root, entry, n, *, grid=1, **options):
-    """Words [grid, 64] that ``entry`` of races.cu wrote; ``n`` 0 leaves its edge out."""
-    out = np.zeros((grid, 64), np.uint32)
-    buffers = {"data": np.arange(64, dtype=np.uint32) + 100, "counter": np.zeros(1, np.int32), "out": out}
-    launch = Launch(entry, (grid, 1, 1), 64, 512)
-    emulate(source("races.cu"), launch, Params(n=n), buffers, races=True, root=root, **options)
-    return out
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A clean build directory; skips where no program runs under the thread sanitizer."""
-    folder = tmp_path_factory.mktemp("build")
-    try:
-        run(folder, "across_warps", 1)
-    except EmulationError as e:
-        skip_without_thread_sanitizer(e)
-        raise
-    return folder
+    return folder_for_races(tmp_path_factory)
 
 
 # --- one edge at a time -----------------------------------------------------------------------------------------------
@@ -81,9 +59,9 @@ def raced(error: EmulationError) -> tuple[str, dict[str, str]]:
 @pytest.mark.parametrize(("entry", "expected", "written", "read"), EDGES)
 def test_a_missing_edge_is_named_and_a_present_one_suffices(root, entry, expected, written, read):
     for seed in range(3):
-        np.testing.assert_array_equal(run(root, entry, 1, seed=seed)[0], expected)
+        np.testing.assert_array_equal(run_edge(root, entry, 1, seed=seed)[0], expected)
     with pytest.raises(EmulationError) as caught:
-        run(root, entry, 0)
+        run_edge(root, entry, 0)
     where, lines = raced(caught.value)
     assert re.fullmatch(r"shared memory at byte \d+", where)
     assert written in lines["write"] and read in lines["read"]
@@ -96,15 +74,15 @@ def test_a_missing_edge_is_named_and_a_present_one_suffices(root, entry, expecte
 @pytest.mark.parametrize("seed", range(4))
 def test_a_race_shows_under_every_seed(root, seed):
     with pytest.raises(EmulationError, match="data race in shared memory"):
-        run(root, "across_warps", 0, seed=seed)
+        run_edge(root, "across_warps", 0, seed=seed)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_only_the_atomic_orders_ctas(root, seed):
-    out = run(root, "across_ctas", 1, grid=4, concurrent_ctas=4, seed=seed)
+    out = run_edge(root, "across_ctas", 1, grid=4, concurrent_ctas=4, seed=seed)
     assert (out == LANES * np.array([[4], [1], [1], [1]])).all()
     with pytest.raises(EmulationError) as caught:
-        run(root, "across_ctas", 0, grid=4, concurrent_ctas=4, seed=seed)
+        run_edge(root, "across_ctas", 0, grid=4, concurrent_ctas=4, seed=seed)
     where, lines = raced(caught.value)
     assert re.fullmatch(r"global memory at byte \d+ of out, which has 1024", where)
     assert "p.out[blockIdx.x * 64 + i] = i;" in lines["write"] and "load_l2(" in lines["read"]
@@ -112,7 +90,7 @@ def test_only_the_atomic_orders_ctas(root, seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_ctas_have_shared_memory_of_their_own(root, seed):
-    out = run(root, "across_warps", 1, grid=7, concurrent_ctas=3, seed=seed)
+    out = run_edge(root, "across_warps", 1, grid=7, concurrent_ctas=3, seed=seed)
     np.testing.assert_array_equal(out, np.tile(LANES ^ 32, (7, 1)))
 
 
@@ -261,48 +239,6 @@ def test_dequant_has_no_races(root):
         root=root,
     )
     assert key.any() and value.any()
-
-
-AHEAD = default_config(Problem("store", 128, 1, FORMAT)).with_(store="ahead", passes=2)
-COPIED = AHEAD.with_(sides="copied", rows=2, chunks=2, transform="tensor", search="packed")
-TWO = COPIED.with_(rows=1, passes=4, chunks=4, transform="quads", loop="two")
-
-
-@pytest.mark.parametrize("adjacent", [False, True])
-@pytest.mark.parametrize(
-    "config",
-    [AHEAD.with_(store="staged", store_bytes=16), AHEAD, COPIED, TWO],
-    ids=["staged", "ahead", "copied", "two loops"],
-)
-def test_store_has_no_races(root, config, adjacent):
-    case = store_case(config.problem, 37, kv_heads=4)
-    if adjacent:
-        case = replace(case, slot_mapping=torch.arange(3, 40, dtype=torch.int32))
-    cache = case.before.clone()
-    emulate_store(config, cache, case, seed=1, concurrent_ctas=2, races=True, root=root)
-    assert (cache != case.before).any()
-
-
-OF_A_STORE = [
-    (COPIED, r"cp_async_wait<2 \* ROWS - 1>\(\);(?=  // the oldest)"),
-    (COPIED, r"sync_warp\(\);(?=\n#pragma unroll\n.*SIZE / UNIT)"),
-    (COPIED, r"sync_warp\(\);(?=  // the next rows reuse the buffer)"),
-    (TWO, r"cp_async_wait<2 \* ROWS - 1>\(\);(?=  // the oldest)"),
-    (TWO, r"cp_async_wait<2 \* ROWS - 1>\(\);(?=\s*value\.take)"),
-    (TWO, r"sync_warp\(\);(?=\n#pragma unroll\n.*SIZE / UNIT)"),
-    (TWO, r"sync_warp\(\);(?=  // the next rows reuse the buffer)"),
-    (TWO, r"sync_warp\(\);(?=\n    }\n    WPH_DEVICE void multiply)"),
-]
-
-
-@pytest.mark.parametrize(("config", "barrier"), OF_A_STORE)
-def test_a_store_without_one_of_its_barriers_races(root, monkeypatch, config, barrier):
-    mutant, count = re.subn(barrier, "", render(config).text)
-    assert count == 1
-    monkeypatch.setattr(emulated, "render", lambda _: SimpleNamespace(text=mutant))
-    case = replace(store_case(config.problem, 37, kv_heads=4), slot_mapping=torch.arange(3, 40, dtype=torch.int32))
-    with pytest.raises(EmulationError, match="data race in shared memory"):
-        emulate_store(config, case.before.clone(), case, seed=1, races=True, root=root)
 
 
 MUTATIONS = [

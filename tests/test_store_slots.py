@@ -155,13 +155,11 @@ def test_passes_that_need_nothing_special_are_done_in_the_short_loop(
     check(config, case)
     hole = case.slot_mapping.clone()
     hole[3] = -1
-    scaled = case.key.clone()
-    scaled[3, 1] = torch.linspace(-1e4, 1e4, 128) * (1e30 if dtype == torch.bfloat16 else 1)
-    coded = FORMATS[format_name].key_codebook
-    others = [replace(case, slot_mapping=hole)]
-    others += [in_a_row(format_name, 8, dtype=dtype, gap=1)]
-    others += [replace(case, key=scaled)] if coded and dtype == torch.bfloat16 else []
-    others += [replace(case, codec=replace(case.codec, centroids=UNEVEN))] if coded else []
+    others = [replace(case, slot_mapping=hole), in_a_row(format_name, 8, dtype=dtype, gap=1)]
+    if FORMATS[format_name].key_codebook:
+        others.append(replace(case, codec=replace(case.codec, centroids=UNEVEN)))
+        if dtype == torch.bfloat16:  # fp16 has no numbers whose squares fp32 does not hold
+            others.append(replace(case, key=case.key * 1e34))
     for other in others:
         with pytest.raises(AssertionError):
             check(config, other)

@@ -151,11 +151,10 @@ def merge(a: Table, b: Table) -> Table:
     old, new = sorted((a, b), key=lambda t: t.provenance.date)
     by_batch = {e.batch: e for e in (*old.by_batch, *new.by_batch)}
     by_bucket = {_bucket(e): e for e in (*old.by_batch_and_context, *new.by_batch_and_context)}
-    survives = any(by_batch[e.batch] is e for e in old.by_batch)
-    by_batch = {b: _compared(e, by_bucket) for b, e in by_batch.items()}
     used = {e.kernel for e in by_batch.values()} | {e.kernel for e in by_bucket.values()}
     kernels = {k.id: k for k in (*old.kernels, *new.kernels) if k.id in used}
     provenance = new.provenance
+    survives = any(by_batch[e.batch] is e for e in old.by_batch)
     if survives or any(by_bucket[_bucket(e)] is e for e in old.by_batch_and_context):
         p = old.provenance
         line = shorten(f"{p.date} nvcc {p.nvcc} commit {p.git_commit} seed {p.seed}", 200)
@@ -165,7 +164,7 @@ def merge(a: Table, b: Table) -> Table:
         new,
         provenance=provenance,
         kernels=tuple(kernels.values()),
-        by_batch=tuple(by_batch[b] for b in sorted(by_batch)),
+        by_batch=tuple(_compared(by_batch[b], by_bucket) for b in sorted(by_batch)),
         by_batch_and_context=tuple(by_bucket[b] for b in sorted(by_bucket)),
     )
 
