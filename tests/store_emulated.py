@@ -6,6 +6,7 @@ from functools import cache
 
 import torch
 from emulated import emulate_store
+from torch import Tensor
 
 from tuner import emulate
 from tuner.check_store import Difference, StoreCase, compare, store_case
@@ -55,6 +56,23 @@ def check(config: Config, case: StoreCase, seed: int = 0) -> Difference:
 
 def small_case(format_name: str, head_dim: int, tokens: int = 11, **options: object) -> StoreCase:
     return store_case(Problem("store", head_dim, 1, format_name), tokens, seed=head_dim, **options)  # type: ignore[arg-type]
+
+
+def with_quotients_before_a_half(like: Tensor, bits: int) -> Tensor:
+    """Rows as ``like`` [tokens, heads, D] whose evenly spaced values have the quotient .5 - 2^-25 in most of them.
+
+    The lowest value is a last place of `g`, so the distance of `g` is the float before it, and the range is rounded to
+    2 g times the number of steps. The quotient, .5 less 2^-24 over the digits of `g`, is that number unless these are
+    1.25.
+    """
+    tokens, heads, dim = like.shape
+    number = torch.arange(tokens * heads).reshape(tokens, heads, 1)
+    g = (1 + number % 4 / 4) * 2.0 ** (number // 4 % 3)
+    high = g * (2 * (2**bits - 1))
+    rows = g + (high - g) * torch.rand(like.shape, generator=torch.Generator().manual_seed(dim))
+    rows[..., ::3] = g
+    rows[..., 1:2], rows[..., 4:5] = g - torch.nextafter(g, torch.zeros(())), high
+    return rows.to(like.dtype)
 
 
 def problem_config(format_name: str, head_dim: int, **changes: int | str) -> Config:

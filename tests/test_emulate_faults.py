@@ -87,6 +87,7 @@ def test_missing_sync_shows_under_some_seed(fault):
         ("copy_alignment", {"n": 8}, r"cp_async's source: misaligned: .* expected a multiple of 16; line \d+: "),
         ("copy_alignment", {"n": 256}, r"cp_async's source: heap-buffer-overflow.* at byte 256 of data"),
         ("copy_alignment", {"shared": 15}, r"cp_async's destination: 16 bytes at shared memory's byte 0"),
+        ("copy_twice", {"n": 12}, r"data race in shared memory: two copies to byte 12 are in flight; line \d+: "),
         ("copy_valid", {"n": 5}, r"cp_async: 5 valid bytes, expected 0 to 4"),
         ("bulk_overrun", {"n": 208}, r"bulk_copy's source: heap-buffer-overflow.* at byte 256 of data"),
         ("bulk_overrun", {"n": 8}, r"bulk_copy's source: misaligned"),

@@ -243,7 +243,6 @@ def test_dequant_has_no_races(root):
 
 MUTATIONS = [
     (COPIES, r"(publish_stats\(.*\);\s*)sync_cta\(\);", "shared memory", "stripe_stats("),
-    (COPIES, r"()cp_async_wait<STAGES - 1>\(\);", "shared memory", "cp_async<WIDTH>("),
     (COPIES, r"()sync_cta\(\);(?=\s*int \*last =)", r"global memory at byte \d+ of partials", "load_l2("),
     (BULK, r"()if \(use >= STAGES\) mbarrier_wait\(empty_barrier\(.*\);", "shared memory", "bulk_copy("),
     (BULK, r"()sync_warp\(\);(?=\s*if \(lane == 0\) mbarrier_arrive)", "shared memory", "bulk_copy("),
@@ -329,6 +328,15 @@ def test_a_kernel_without_one_of_its_barriers_races(root, monkeypatch, config, b
     where, lines = raced(caught.value)
     assert re.match(space, where)
     assert any(text in line for line in lines.values())
+
+
+def test_a_kernel_that_does_not_wait_for_its_copies_races(root, monkeypatch):
+    """It would ask for the next ones at the place of those that are on their way."""
+    mutant, count = re.subn(r"cp_async_wait<STAGES - 1>\(\);", "", render(COPIES).text)
+    assert count == 1
+    monkeypatch.setattr(emulated, "render", lambda _: SimpleNamespace(text=mutant))
+    with pytest.raises(EmulationError, match=r"data race in shared memory: two copies to byte \d+ are in flight"):
+        emulate_decode(COPIES, case_of(COPIES), seed=1, concurrent_ctas=3, races=True, root=root)
 
 
 def test_the_command_over_tables_says_what_it_finds(root, tmp_path, capsys, monkeypatch):

@@ -11,11 +11,12 @@ import pytest
 import torch
 from emulated import emulate_store, needs_gxx
 from emulated_sources import folder_for_races
+from store_emulated import with_quotients_before_a_half
 
-from tuner.check_store import store_case
+from tuner.check_store import StoreCase, store_case
 from tuner.emulate import EmulationError
 from tuner.render import render
-from tuner.space import Problem, default_config
+from tuner.space import Config, Problem, default_config
 
 pytestmark = needs_gxx
 
@@ -30,6 +31,14 @@ COPIED = AHEAD.with_(sides="copied", rows=2, chunks=2, transform="tensor", searc
 TWO = COPIED.with_(rows=1, passes=4, chunks=4, transform="quads", loop="two")
 
 
+def adjacent_case(config: Config) -> StoreCase:
+    """Slots side by side; two tokens with values that the short loop leaves to the other."""
+    case = store_case(config.problem, 37, kv_heads=4)
+    value = case.value.clone()
+    value[20:22] = with_quotients_before_a_half(value[20:22], config.problem.layout.format.value_bits)
+    return replace(case, slot_mapping=torch.arange(3, 40, dtype=torch.int32), value=value)
+
+
 @pytest.mark.parametrize("adjacent", [False, True])
 @pytest.mark.parametrize(
     "config",
@@ -37,9 +46,7 @@ TWO = COPIED.with_(rows=1, passes=4, chunks=4, transform="quads", loop="two")
     ids=["staged", "ahead", "copied", "two loops"],
 )
 def test_store_has_no_races(root, config, adjacent):
-    case = store_case(config.problem, 37, kv_heads=4)
-    if adjacent:
-        case = replace(case, slot_mapping=torch.arange(3, 40, dtype=torch.int32))
+    case = adjacent_case(config) if adjacent else store_case(config.problem, 37, kv_heads=4)
     cache = case.before.clone()
     emulate_store(config, cache, case, seed=1, concurrent_ctas=2, races=True, root=root)
     assert (cache != case.before).any()
@@ -54,6 +61,8 @@ BARRIERS = [
     (TWO, r"sync_warp\(\);(?=\n#pragma unroll\n.*SIZE / UNIT)"),
     (TWO, r"sync_warp\(\);(?=  // the next rows reuse the buffer)"),
     (TWO, r"sync_warp\(\);(?=\n    }\n    WPH_DEVICE void multiply)"),
+    (TWO, r"cp_async_wait<0>\(\);(?=\n.*begin\(keys)"),
+    (TWO.with_(rows=2), r"(?<=SIDE\);\n)\s*cp_async_wait<0>\(\);"),
 ]
 
 
@@ -62,6 +71,6 @@ def test_a_store_without_one_of_its_barriers_races(root, monkeypatch, config, ba
     mutant, count = re.subn(barrier, "", render(config).text)
     assert count == 1
     monkeypatch.setattr(emulated, "render", lambda _: SimpleNamespace(text=mutant))
-    case = replace(store_case(config.problem, 37, kv_heads=4), slot_mapping=torch.arange(3, 40, dtype=torch.int32))
+    case = adjacent_case(config)
     with pytest.raises(EmulationError, match="data race in shared memory"):
         emulate_store(config, case.before.clone(), case, seed=1, races=True, root=root)

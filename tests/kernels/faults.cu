@@ -66,6 +66,18 @@ extern "C" __global__ void copy_alignment(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char smem[];
     cp_async<16>(smem, p.data + p.n, 16);
 }
+extern "C" __global__ void copy_twice(const __grid_constant__ Params p) {
+    extern __shared__ __align__(128) unsigned char smem[];
+    if (threadIdx.x) return;
+    for (int turn = 0; turn < 2; ++turn) {
+        cp_async<16>(smem, p.data, 16);
+        cp_async_commit();
+        cp_async_wait<0>();
+    }
+    cp_async<16>(smem, p.data, 16);
+    cp_async_commit();
+    cp_async<4>(smem + p.n, p.data, 4);
+}
 extern "C" __global__ void copy_valid(const __grid_constant__ Params p) {
     extern __shared__ __align__(128) unsigned char smem[];
     cp_async<4>(smem, p.data, p.n);

@@ -181,8 +181,13 @@ void copy_async(void *shared, const void *global, int bytes, int valid, int line
     check_shared(shared, size, size, "cp_async's destination", line);
     check_global(global, static_cast<std::size_t>(valid), size, "cp_async's source", line);
     auto *destination = static_cast<unsigned char *>(shared);
-    std::memset(destination, kPoison, size);
     Lane &lane = *current;
+    for (const AsyncCopy &pending : lane.copies) {
+        if (destination < pending.destination + pending.bytes && pending.destination < destination + size) {
+            fail(line, "data race in shared memory: two copies to byte %td are in flight", destination - shared_begin());
+        }
+    }
+    std::memset(destination, kPoison, size);
     CopyGroup &group = lane.groups.back();
     starts_copy(lane.fiber, shared, size, global, static_cast<std::size_t>(valid), call, &group.landed);
     lane.copies.push_back({destination, static_cast<const unsigned char *>(global), bytes, valid, line});
