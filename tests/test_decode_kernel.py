@@ -50,6 +50,8 @@ def draw(chooser: random.Random, problem: Problem, warps: int) -> dict[str, Valu
         values["query"] = "shared"
     if values["math"] != "mma" or not problem.layout.format.norm_correction:
         values["squares"] = 1
+    if values["math"] != "mma" or problem.layout.outliers:
+        values["rescale"] = "always"
     if values["query"] == "paired" and problem.gqa > 4:
         values["query"] = "joined"
     if not problem.layout.format.key_codebook:

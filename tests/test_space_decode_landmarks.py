@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 
 from tuner.formats import FORMATS, HEAD_DIMS
@@ -23,7 +25,8 @@ def test_default_and_its_direct_variant_suit_every_target(name: str, head_dim: i
 
 
 def in_sums(*ways: Config) -> tuple[Config, ...]:
-    return tuple(way.with_(squares=squares) for squares in (2, 1) for way in ways)
+    both = product((2, 1), ("lazy", "always"))
+    return tuple(way.with_(squares=squares, rescale=rescale) for squares, rescale in both for way in ways)
 
 
 def test_recorded_kernels_are_renewed() -> None:
@@ -49,10 +52,13 @@ def test_recorded_kernels_are_renewed() -> None:
 def test_recorded_kernels_keep_the_sums_they_have_or_must_have() -> None:
     config = default_config(Problem("decode", 128, 4, "turboquant_4bit_nc"))
     plain = default_config(Problem("decode", 128, 4, "turboquant_k8v4"))
-    kept = [config.with_(squares=2), config.with_(math="fma", accumulate="f32"), plain]
+    kept = [config.with_(math="fma", accumulate="f32")]
     kept.append(config.with_(accumulate="f32"))  # as kernels were recorded before there were precise sums
     for other in kept:
         assert SPACE.renewed(other) == (other,)
+    for other in (config.with_(squares=2), plain):
+        assert SPACE.renewed(other) == (other.with_(rescale="lazy"), other)
+        assert SPACE.renewed(other.with_(rescale="lazy")) == (other.with_(rescale="lazy"),)
 
 
 def test_seed_landmark_has_four_warps() -> None:

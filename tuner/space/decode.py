@@ -87,6 +87,11 @@ CONSTRAINTS = (
         lambda c, _: DecodePlan(c).chains_squares and cannot_chain(c),
     ),
     Constraint(
+        "lazy_rescaling",
+        "halves hold weights above one where the maximum is that of weights times the scales of their values",
+        lambda c, _: c["rescale"] == "lazy" and not DecodePlan(c).scaled_weights,
+    ),
+    Constraint(
         "clustered_splits",
         "the CTAs of a cluster have consecutive splits of one request, as the grid schedule has them",
         lambda c, _: DecodePlan(c).cluster > 1 and c["schedule"] != "grid",

@@ -54,6 +54,12 @@ AXES = (
     ),
     Axis("lead", (4, 8, 12), "steps that a request's beginning counts as, where CTAs share requests out", absent=4),
     Axis("squares", (1, 2), "k-steps whose squares of keys are added up in halves before they reach fp32", absent=1),
+    Axis(
+        "rescale",
+        ("always", "lazy"),
+        "sums shrink to a new maximum of the scores whenever one appears; or lazy: where weights would exceed 2^8",
+        absent="always",
+    ),
 )
 
 

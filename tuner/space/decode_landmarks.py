@@ -104,6 +104,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
     lean: dict[str, Value] = {"tail": "apart", "query": query, "beginning": beginning}
     if problem.layout.format.norm_correction:
         lean["squares"] = 2
+    if not problem.layout.outliers:
+        lean["rescale"] = "lazy"
     dealt = bulk | lean | {"schedule": "allot" if beginning == "prompt" else "deal"}
     if beginning == "prompt":
         dealt["lead"] = _lead(int(dealt["head_warps"]) * problem.gqa * problem.layout.block_d)
@@ -181,8 +183,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
 
 def renewed(config: Config) -> tuple[Config, ...]:
     """Reads its rows in whole words and allots where it dealt, as far as it may. What changes the loop's registers is
-    tried both ways: where CTAs waited for each other they share out segments too, and squares of keys are added up over
-    two k-steps and over one."""
+    tried both ways: where CTAs waited for each other they share out segments too, sums shrink lazily and always, and
+    squares of keys are added up over two k-steps and over one."""
     whole = {"strided": "whole", "adjacent": "whole_adjacent"}.get(str(config["words"]))
     if whole and has_rows_alike(config):
         config = config.with_(words=whole)
@@ -192,6 +194,8 @@ def renewed(config: Config) -> tuple[Config, ...]:
     segments = config.with_(reduction="all_segments")
     if DecodePlan(config).waits and config != segments and not cannot_divide(segments):
         ways.insert(0, segments)
+    if config["rescale"] == "always" and DecodePlan(config).scaled_weights:
+        ways = [*(way.with_(rescale="lazy") for way in ways), *ways]
     if config["squares"] == 1 and not cannot_chain(config):
         ways = [*(way.with_(squares=2) for way in ways), *ways]
     return tuple(ways)
