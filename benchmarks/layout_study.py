@@ -23,6 +23,9 @@ from benchmarks.layouts.run import Study, study  # noqa: E402
 from tuner.errors import TunerError, UsageError  # noqa: E402
 from tuner.formats import check_head_dim  # noqa: E402
 
+FIRST_SECTION = "## decode, "
+"""Beginning of the first section after the overview: conclusions stand before it."""
+
 
 def render(folder: Path) -> Path:
     """Plots beside the data in ``folder``, the page beside the folder. Raises TunerError for data that is none."""
@@ -39,8 +42,16 @@ def render(folder: Path) -> Path:
             (folder / file).write_text(text)
         images[name(found)] = [f"{folder.name}/{file}" for file in files]
     page = folder.with_suffix(".md")
-    page.write_text(document(studies, images))
+    kept = written_by_hand(page.read_text()) if page.is_file() else ""
+    before, heading, after = document(studies, images).partition(FIRST_SECTION)
+    page.write_text(before + kept + heading + after)
     return page
+
+
+def written_by_hand(page: str) -> str:
+    """The section "Conclusions" of a page that is there, which no data says; empty where it has none."""
+    _, heading, rest = page.partition("## Conclusions\n")
+    return heading + rest.partition("\n## ")[0] + "\n" if heading else ""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ import torch
 from test_fitted import printed
 
 from tuner.bench import BF16, OURS, ROLES, TRITON, StepRow, _added, _contestants, bench_model, our_kernel, to_json
+from tuner.cli.bench import ASSUMED_SHARES, command
 from tuner.errors import TunerError
 from tuner.formats import slot_layout
 from tuner.geometry import dynamic_shared_bytes
@@ -171,30 +172,56 @@ def test_a_whole_step_follows_from_the_assumed_share_alone() -> None:
     assert found.step_ratio("seed", 1.0) == pytest.approx(2.5)
 
 
-def test_the_table_has_a_row_per_context_and_batch_and_names_its_assumption() -> None:
+def test_the_table_has_a_row_per_context_and_batch_and_assumes_nothing() -> None:
     rows = [row(1), row(4), row(1, 32768)]
     text = printed(terminal.steps("qwen3.5-122b", "NVIDIA H200 (sm_90)", rows), 132)
     data = [line for line in text.splitlines() if "│" in line and "600" in line]
     assert len(data) == 3 and "32k" in data[2] and "measured" in text and "12 layers" in text
     for cell in ("600", "1500", "3000", "400", "1.50 x", "3.75 x", "7.50 x", "60%", "table"):
         assert cell in data[0]
-    assert "ASSUMING" not in text and "t/s" not in text
-    text = " ".join(printed(terminal.steps("m", "d", rows, 0.3), 160).split())
-    assert "ASSUMING that attention takes 30%" in text and "0.90" in text and "1.45" in text and "2.20" in text
-    narrow = printed(terminal.steps("m", "d", rows, 0.3), 80)
-    assert max(map(len, narrow.splitlines())) <= 80 and "…" not in narrow and "0.90" in narrow
+    assert "assum" not in text.lower() and "t/s" not in text
+    narrow = printed(terminal.steps("m", "d", rows), 80)
+    assert max(map(len, narrow.splitlines())) <= 80 and "…" not in narrow and "600" in narrow
+
+
+def test_whole_steps_stand_apart_and_are_called_assumed() -> None:
+    missing = _added(row(1, 32768), Race({}, {OURS: Sample(10.0, 9.0, 11.0, 20)}, {}), 10, 5.0, "table", {})
+    text = printed(terminal.assumed_steps([row(4), missing], (0.1, 0.3, 1.0)), 80)
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text
+    words = " ".join(text.split())
+    assert "ASSUMED" in words and "Assumed, not measured" in words and "us" not in words.split() and "t/s" not in words
+    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if "%" in line]
+    assert cells == [
+        ["4k", "4", "10%", "1.15 x", "1.40 x", "0.97 x"],
+        ["4k", "4", "30%", "1.45 x", "2.20 x", "0.90 x"],
+        ["4k", "4", "100%", "2.50 x", "5.00 x", "0.67 x"],
+        *(["32k", "1", share, "-", "-", "-"] for share in ("10%", "30%", "100%")),
+    ]
+
+
+def test_the_plain_command_assumes_shares_and_names_them() -> None:
+    """What the command has where --attention-share is not given, and that its help calls it an assumption."""
+    plain = command.make_context("bench", ["--model", "qwen3.5-122b", "--concurrency", "1,2,4"])
+    assert plain.params["attention_shares"] == ASSUMED_SHARES == (0.1, 0.2, 0.4)
+    given = command.make_context("bench", ["--model", "qwen3.5-122b", "--attention-share", "0.25,0.5,0.25"])
+    assert given.params["attention_shares"] == (0.25, 0.5)
+    help_text = " ".join(command.get_help(plain).split())
+    assert "attention is assumed to take" in help_text and "0.1,0.2,0.4" in help_text
 
 
 def test_the_json_keeps_what_was_measured_apart_from_what_was_assumed() -> None:
     workload = load_model("qwen3.5-122b")
-    data = json.loads(json.dumps(to_json(workload, FORMAT, TARGET, [row()], 0.3)))
+    data = json.loads(json.dumps(to_json(workload, FORMAT, TARGET, [row()], (0.3, 0.6))))
     assert data["evidence"] == "measured" and data["rows"][0]["roles_us"]["wph"] == pytest.approx(400)
     assert data["rows"][0]["times"]["triton"] == pytest.approx(
         {"median_us": 3000, "ci_low_us": 2700, "ci_high_us": 3300}
     )
-    assert data["assumed"]["attention_share_of_bf16_step"] == 0.3
-    assert data["assumed"]["step_time_over_bf16"][0]["wph"] == pytest.approx(0.9)
-    assert to_json(workload, FORMAT, TARGET, [row()], None)["assumed"] is None
+    assert data["assumed"]["attention_shares_of_bf16_step"] == [0.3, 0.6]
+    first, second = data["assumed"]["step_time_over_bf16"]
+    assert (first["batch"], first["context"]) == (second["batch"], second["context"]) == (4, 4096)
+    assert (first["attention_share"], second["attention_share"]) == (0.3, 0.6)
+    assert first["wph"] == pytest.approx(0.9) and second["wph"] == pytest.approx(0.8)
+    assert not any("assumed" in key or "share" in key for key in data["rows"][0])
 
 
 # --- the seed's path --------------------------------------------------------------------------------------------------
@@ -239,7 +266,9 @@ def test_every_role_is_timed_on_a_gpu(tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ("--attention-share 0", "--attention-share is 0.0"),
-        ("--attention-share 1.5", "--attention-share is 1.5"),
+        ("--attention-share 0.2,1.5", "--attention-share is 1.5"),
+        ("--attention-share nan", "--attention-share is nan"),
+        ("--attention-share most", "'most' is not a list of shares"),
         ("--budget 0", "--budget is 0.0"),
         ("--context 4096,0", "at least 1"),
         ("--json taken/x.json", "cannot write to taken"),
@@ -248,6 +277,6 @@ def test_every_role_is_timed_on_a_gpu(tmp_path: Path) -> None:
 def test_bad_arguments_are_refused_before_anything_runs(arguments: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     tune = Path(__file__).resolve().parents[1] / "tune.py"
-    command = [sys.executable, str(tune), "bench", "--model", "qwen3-4b", *arguments.split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    argv = [sys.executable, str(tune), "bench", "--model", "qwen3-4b", *arguments.split()]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode in (1, 2) and words in done.stderr and len(done.stderr.splitlines()) == 1

@@ -111,6 +111,22 @@ def test_rendering_needs_only_the_data(tmp_path: Path) -> None:
             assert (tmp_path / line.partition("](")[2].rstrip(")")).is_file()
 
 
+def test_rendering_keeps_the_conclusions(tmp_path: Path) -> None:
+    """They are written by hand, after the overview."""
+    folder = tmp_path / "layout-study"
+    folder.mkdir()
+    (folder / "a.json").write_text(json.dumps(example()))
+    page = render(folder)
+    without = page.read_text()
+    first = without.index("## decode, ")
+    page.write_text(without[:first] + "## Conclusions\n\nSixteen warps win.\n\n" + without[first:])
+    with_them = page.read_text()
+    (folder / "b.json").write_text(json.dumps(example()))
+    assert render(folder).read_text().count("Sixteen warps win.") == 1
+    (folder / "b.json").unlink()
+    assert render(folder).read_text() == with_them
+
+
 @pytest.mark.parametrize(
     ("args", "word"), [("--op store", "store"), ("--head-dim 100", "100"), ("--head-dim x", "'x'")]
 )

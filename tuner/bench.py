@@ -236,7 +236,7 @@ def _added(
 
 
 def to_json(
-    workload: Workload, cache_format: str, target: Target, rows: Sequence[StepRow], attention_share: float | None
+    workload: Workload, cache_format: str, target: Target, rows: Sequence[StepRow], attention_shares: Sequence[float]
 ) -> dict[str, Any]:
     """What was measured, and under "assumed" what was not: the share of a step that attention takes."""
     return {
@@ -247,14 +247,13 @@ def to_json(
         "evidence": "measured",
         "unit": "us of attention per decode step, over all layers with full attention",
         "rows": [asdict(row) | {"roles_us": {role: row.role_us(role) for role in ROLES}} for row in rows],
-        "assumed": None
-        if attention_share is None
-        else {
-            "attention_share_of_bf16_step": attention_share,
+        "assumed": {
+            "attention_shares_of_bf16_step": list(attention_shares),
             "step_time_over_bf16": [
-                {"batch": row.batch, "context": row.context}
-                | {role: row.step_ratio(role, attention_share) for role in ROLES}
+                {"batch": row.batch, "context": row.context, "attention_share": share}
+                | {role: row.step_ratio(role, share) for role in ROLES}
                 for row in rows
+                for share in attention_shares
             ],
         },
     }

@@ -24,10 +24,11 @@ so that no table in shared memory counts against small CTAs; `wph_decode` copies
 cores, `wph_dequant` loads directly and rotates on tensor cores, one step per CTA. Splits are the best of those tried
 for each bucket. A search over all axes finds faster kernels than the ones here; this shows what the layout alone does.
 
-Written by `python benchmarks/layout_study.py --render` from the data in [layout-study/](layout-study/). *measured*:
-timed on the device named, as measuring is done everywhere here. *predicted*: the static model's estimate from the
-machine code for that target; no such GPU was attached. The model knows registers, occupancy, bytes in flight, waves
-and instructions. It does not know bank conflicts of a layout, the instruction cache, or how well DRAM pages are used.
+Tables and plots are written by `python benchmarks/layout_study.py --render` from the data in
+[layout-study/](layout-study/), the [conclusions](#conclusions) by hand from the same data. *measured*: timed on the
+device named, as measuring is done everywhere here. *predicted*: the static model's estimate from the machine code for
+that target; no such GPU was attached. The model knows registers, occupancy, bytes in flight, waves and instructions.
+It does not know bank conflicts of a layout, the instruction cache, or how well DRAM pages are used.
 
 *of limit*: time to move the bytes at the read bandwidth, over the time. *in flight*: bytes that the loads of an SM
 full of these CTAs keep under way, over what Little's law asks for at that bandwidth. *resident*: warps per SM. *as

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -17,6 +18,27 @@ from tuner.cli.options import (
 )
 from tuner.cli.output import console
 from tuner.errors import TunerError, UsageError
+
+ASSUMED_SHARES = (0.1, 0.2, 0.4)
+"""Shares of a step with bf16 that attention might take: examples, since the rest of a step is not run."""
+
+
+class ShareList(click.ParamType):
+    """``0.1,0.2`` as a tuple of shares in the order given, each once, above 0 and at most 1."""
+
+    name = "list"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            shares = tuple(dict.fromkeys(float(part) for part in str(value).split(",")))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of shares: expected for example 0.1,0.2", param, ctx)
+        for share in shares:
+            if not 0 < share <= 1:
+                raise UsageError(f"--attention-share is {share}: expected shares above 0 and at most 1")
+        return shares
 
 
 @click.command("bench", context_settings=CONTEXT_SETTINGS)
@@ -46,9 +68,12 @@ from tuner.errors import TunerError, UsageError
 )
 @click.option(
     "--attention-share",
-    type=float,
-    metavar="SHARE",
-    help="Assume that attention takes this share of a step with bf16 (0 to 1), and say what that makes of a step.",
+    "attention_shares",
+    type=ShareList(),
+    default=ASSUMED_SHARES,
+    metavar="LIST",
+    help="Shares of a step with bf16 (0 to 1) that attention is assumed to take: a second table says what each makes "
+    "of a step.  [default: 0.1,0.2,0.4]",
 )
 @click.option("--json", "path", type=click.Path(path_type=Path), metavar="FILE", help="Also write the times there.")
 @click.option("--gpu", type=int, default=0, show_default=True, metavar="N", help="Which GPU.")
@@ -63,7 +88,7 @@ def command(
     cache_format: str,
     concurrency: tuple[int, ...],
     contexts: tuple[int, ...],
-    attention_share: float | None,
+    attention_shares: tuple[float, ...],
     path: Path | None,
     gpu: int,
     budget: float,
@@ -75,10 +100,11 @@ def command(
     tables that ``install`` or the package put in place, else in its default configuration. Contestants run in shuffled,
     interleaved rounds, each call from a CUDA graph with a cold L2.
 
-    What is timed is attention only. How much of a step that is depends on the rest of the model, which is not run:
-    --attention-share states it as an assumption.
+    What is timed is attention only. How much of a step that is depends on the rest of the model, which is not run. So
+    a second table says how long a step takes, as a multiple of one with bf16, for assumed shares: examples by default,
+    or those of --attention-share.
 
-    Example: python tune.py bench --model qwen3.5-122b --concurrency 1,2,4 --attention-share 0.2
+    Example: python tune.py bench --model qwen3.5-122b --concurrency 1,2,4
     """
     from tuner.formats import get_format
     from tuner.report import terminal
@@ -89,8 +115,6 @@ def command(
     for value in (*concurrency, *contexts):
         if value < 1:
             raise UsageError(f"--concurrency and --context count requests and tokens, at least 1: not {value}")
-    if attention_share is not None and not 0 < attention_share <= 1:
-        raise UsageError(f"--attention-share is {attention_share}: expected a share above 0 and at most 1")
     if not 0 < budget < 86400:
         raise UsageError(f"--budget is {budget}: expected seconds, above 0 and less than a day")
     workload = load_model(model).shard(ranks)
@@ -114,8 +138,9 @@ def command(
         tell=lambda line: click.echo(line, err=True),
     )
     if path is not None:
-        path.write_text(json.dumps(to_json(workload, cache_format, target, rows, attention_share), indent=1) + "\n")
+        path.write_text(json.dumps(to_json(workload, cache_format, target, rows, attention_shares), indent=1) + "\n")
     out = console()
-    out.print(terminal.steps(workload.name, f"{target.device_name} ({target.arch})", rows, attention_share))
+    out.print(terminal.steps(workload.name, f"{target.device_name} ({target.arch})", rows))
+    out.print(terminal.assumed_steps(rows, attention_shares))
     for name, reason in sorted({item for row in rows for item in row.missing.items()}):
         out.print(f"{name}: not timed: {reason}")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tuner.search.compare import Comparison
 
 __all__ = [
+    "assumed_steps",
     "axes",
     "constraints",
     "findings",
@@ -181,11 +182,8 @@ def layout_times(lines: Sequence[LayoutRow], comparison: Comparison) -> Fitted:
     return Fitted(title, "Triton: as shipped.", tuple(Column(name) for name in names), rows_of)
 
 
-def steps(model: str, device: str, lines: Sequence[StepRow], attention_share: float | None = None) -> Fitted:
-    """Attention time of a decode step over all layers, by context and concurrency.
-
-    ``attention_share`` of a step with bf16, assumed: adds what that makes of a whole step, as a multiple of it.
-    """
+def steps(model: str, device: str, lines: Sequence[StepRow]) -> Fitted:
+    """Attention time of a decode step over all layers, by context and concurrency."""
     columns = [Column("context"), Column("concurrency")]
     columns += [Column(f"{name} us") for name in ("bf16", "seed's path", "Triton", "WPH")]
     columns += [Column("vs bf16"), Column("vs seed's path", 1), Column("vs Triton", 2), Column("of limit", 3)]
@@ -193,12 +191,6 @@ def steps(model: str, device: str, lines: Sequence[StepRow], attention_share: fl
         "us: measured. vs: WPH is so many times faster. Seed's path: the whole cache dequantised, then bf16 attention. "
         "The rest of a step is not run."
     )
-    if attention_share is not None:
-        columns += [Column(f"step, {name}") for name in ("seed's path", "Triton", "WPH")]
-        caption += (
-            f" step: time of a whole step over one with bf16, ASSUMING that attention takes {attention_share:.0%} of "
-            "the latter and that the rest costs the same."
-        )
     columns.append(Column("kernels from", 4, "left"))
     rows_of: list[tuple[str, ...] | None] = []
     for _, group in groupby(lines, key=lambda line: line.context):
@@ -207,13 +199,30 @@ def steps(model: str, device: str, lines: Sequence[StepRow], attention_share: fl
             cells = [tokens(line.context), str(line.batch), *(us(t) for t in (bf16, seed, triton, ours))]
             cells += [times(t / ours if t and ours else None) for t in (bf16, seed, triton)]
             cells.append(f"{line.limit_us / ours:.0%}" if ours else "-")
-            if attention_share is not None:
-                ratios = (line.step_ratio(role, attention_share) for role in ("seed", "triton", "wph"))
-                cells += ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
             rows_of.append((*cells, line.source))
         rows_of.append(None)
     layers = f"{lines[0].layers} layers with full attention"
     return Fitted(f"{model} on {device}: attention per decode step, {layers}", caption, columns, rows_of)
+
+
+def assumed_steps(lines: Sequence[StepRow], shares: Sequence[float]) -> Fitted:
+    """Time of a whole step as a multiple of one with bf16, for each assumed share of attention in the latter."""
+    columns = [Column("context"), Column("concurrency"), Column("assumed share")]
+    columns += [Column(name) for name in ("seed's path", "Triton", "WPH")]
+    rows_of: list[tuple[str, ...] | None] = []
+    for line in lines:
+        for share in shares:
+            ratios = [line.step_ratio(role, share) for role in ("seed", "triton", "wph")]
+            cells = ["-" if ratio is None else f"{ratio:.2f} x" for ratio in ratios]
+            rows_of.append((tokens(line.context), str(line.batch), f"{100 * share:.3g}%", *cells))
+        rows_of.append(None)
+    return Fitted(
+        "time of a whole step over one with bf16, by the share of the latter that attention is ASSUMED to take",
+        "Assumed, not measured: the share, which depends on model, GPU and context (--attention-share gives others), "
+        "and that the rest of a step costs the same with each.",
+        columns,
+        rows_of,
+    )
 
 
 def axes(space: Space) -> Grid:
