@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,10 @@ from tuner.standalone.points import orders, points
 from tuner.table import CUT_OFF, BatchEntry, BucketEntry, Table
 
 _FILES = Path(__file__).parent / "files"
+_GENERATED = (
+    *("README.md", "CMakeLists.txt", "include/wph.h", "src/dispatch.h", "src/tables.h"),
+    *("test/layouts.h", "test/test_dispatch.cu"),
+)
 _ABOUT = {
     "decode": (
         "// Fused split-KV attention of one query token per request, straight from the compressed cache.",
@@ -37,30 +43,56 @@ def export_standalone(tables: Sequence[Table], folder: Path) -> list[StandaloneK
     """Writes a project with the kernels of ``tables`` to ``folder``, which must be new or empty; returns the kernels.
 
     Raises TunerError where a kernel's source is not the one that was timed, UsageError where two tables would answer
-    the same call or the folder holds something.
+    the same call or the folder holds something. What cannot be written whole is taken away again.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} is not empty: expected a new folder for a standalone export")
+    ensure_new(folder)
     exported = [(table, standalone_kernels(table)) for table in _distinct(tables)]
     kernels = [kernel for _, found in exported for kernel in found]
-    context = _context(exported, kernels)
+    _write(_files(kernels, _context(exported, kernels)), folder)
+    return kernels
+
+
+def ensure_new(folder: Path) -> None:
+    """Raises UsageError unless ``folder`` is new or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is not empty: expected a new folder for a standalone export, for example --to wph")
+
+
+def _files(kernels: list[StandaloneKernel], context: dict[str, Any]) -> dict[str, str]:
+    """Every file of the project: its name there -> its text."""
     templates = environment(_FILES)
-    ops = context["op_names"]
     files = {"src/primitives.cuh": shared_primitives(kernels[0].config)} | {k.file: k.text for k in kernels}
-    for name in ("README.md", "CMakeLists.txt", "include/wph.h", "src/tables.h", "test/layouts.h"):
+    for name in _GENERATED:
         files[name] = templates.get_template(f"{Path(name).name}.j2").render(context)
-    files["test/test_dispatch.cu"] = templates.get_template("test_dispatch.cu.j2").render(context)
     files["test/tolerance.h"] = _tolerance()
-    static = ["src/dispatch.h", *context["library"], "test/codec.h", "test/cache.h"]
-    for name in (*static, *(f"test/test_{op}.cu" for op in ops)):
+    static = [*context["library"], "test/codec.h", "test/cache.h"]
+    for name in (*static, *(f"test/test_{op}.cu" for op in context["op_names"])):
         files[name] = (_FILES / Path(name).name).read_text()
+    return files
+
+
+def _write(files: dict[str, str], folder: Path) -> None:
+    """Writes ``files`` to ``folder``: all of them, or none. Raises TunerError."""
+    was_there = folder.exists()
     try:
         for name, text in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)
-    except OSError as error:
-        raise TunerError(f"cannot write {folder / name}: {error.strerror}; choose another folder") from None
-    return kernels
+    except BaseException as error:
+        _take_away(files, folder, was_there)
+        if isinstance(error, OSError):
+            raise TunerError(f"cannot write {folder / name}: {error.strerror}; choose another folder") from None
+        raise
+
+
+def _take_away(files: Iterable[str], folder: Path, was_there: bool) -> None:
+    for top in {Path(name).parts[0] for name in files}:
+        shutil.rmtree(folder / top, ignore_errors=True)
+        with suppress(OSError):
+            (folder / top).unlink(missing_ok=True)
+    if not was_there:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _distinct(tables: Sequence[Table]) -> list[Table]:
@@ -75,7 +107,7 @@ def _distinct(tables: Sequence[Table]) -> list[Table]:
         if other is not table:
             raise UsageError(
                 f"{table.file_name} and {other.file_name} answer the same calls on {table.device.arch}: "
-                "expected tables of one device per architecture, export the others elsewhere"
+                "expected one table for each, export the other elsewhere"
             )
     return sorted(seen.values(), key=lambda t: (t.device.arch, OPS.index(t.problem.op)))
 
