@@ -58,20 +58,24 @@ def small_case(format_name: str, head_dim: int, tokens: int = 11, **options: obj
     return store_case(Problem("store", head_dim, 1, format_name), tokens, seed=head_dim, **options)  # type: ignore[arg-type]
 
 
-def with_quotients_before_a_half(like: Tensor, bits: int) -> Tensor:
-    """Rows as ``like`` [tokens, heads, D] whose evenly spaced values have the quotient .5 - 2^-25 in most of them.
+def with_quotients_before_a_half(like: Tensor, bits: int, cancels: bool = False) -> Tensor:
+    """Rows as ``like`` [tokens, heads, D] that hold values whose quotient is .5 - 2^-25, most of them.
 
-    The lowest value is a last place of `g`, so the distance of `g` is the float before it, and the range is rounded to
-    2 g times the number of steps. The quotient, .5 less 2^-24 over the digits of `g`, is that number unless these are
-    1.25.
+    The lowest value is the distance of `g` to the float before it, so the distance of `g` is that float, and the range
+    is rounded to 2 g times the number of steps: the quotient is the number before a half, or the one before that where
+    `g` is 1.25 times a power of two. ``cancels``: the lowest value is -1, and others hardly differ from zero, so that they
+    lie as far from it as the float before 1.
     """
     tokens, heads, dim = like.shape
     number = torch.arange(tokens * heads).reshape(tokens, heads, 1)
     g = (1 + number % 4 / 4) * 2.0 ** (number // 4 % 3)
-    high = g * (2 * (2**bits - 1))
+    steps = 2**bits - 1
+    low, high, held = g - torch.nextafter(g, torch.zeros(())), 2 * steps * g, g
+    if cancels:
+        low, high, held = -torch.ones_like(g), torch.full_like(g, 2 * steps - 1), torch.full_like(g, -(2.0**-24))
     rows = g + (high - g) * torch.rand(like.shape, generator=torch.Generator().manual_seed(dim))
-    rows[..., ::3] = g
-    rows[..., 1:2], rows[..., 4:5] = g - torch.nextafter(g, torch.zeros(())), high
+    rows[..., ::3] = held
+    rows[..., 1:2], rows[..., 4:5] = low, high
     return rows.to(like.dtype)
 
 

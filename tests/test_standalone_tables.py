@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -130,7 +131,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store and a decode table of the H200, the smallest ones, with the dispatch's test built."""
     folder = tmp_path_factory.mktemp("tables")
     paths = [smallest(op, "NVIDIA_H200") for op in ("decode", "store")]
-    done = tune("export", *paths, "--standalone", "--to", "wph", cwd=folder, PYTHONPATH=str(ROOT))
+    found = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = tune("export", *paths, "--standalone", "--to", "wph", cwd=folder, PYTHONPATH=found)
     assert done.returncode == 0, done.stderr
     kernels = sum(len(TABLES[path].kernels) for path in paths)
     assert done.stdout.startswith(f"wph: {kernels} kernels for sm_90;")

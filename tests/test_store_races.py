@@ -42,8 +42,8 @@ def adjacent_case(config: Config) -> StoreCase:
 @pytest.mark.parametrize("adjacent", [False, True])
 @pytest.mark.parametrize(
     "config",
-    [AHEAD.with_(store="staged", store_bytes=16), AHEAD, COPIED, TWO],
-    ids=["staged", "ahead", "copied", "two loops"],
+    [AHEAD.with_(store="staged", store_bytes=16), AHEAD, COPIED, TWO, TWO.with_(rows=2, passes=2)],
+    ids=["staged", "ahead", "copied", "two loops", "two loops, two passes ahead"],
 )
 def test_store_has_no_races(root, config, adjacent):
     case = adjacent_case(config) if adjacent else store_case(config.problem, 37, kv_heads=4)
@@ -62,7 +62,7 @@ BARRIERS = [
     (TWO, r"sync_warp\(\);(?=  // the next rows reuse the buffer)"),
     (TWO, r"sync_warp\(\);(?=\n    }\n    WPH_DEVICE void multiply)"),
     (TWO, r"cp_async_wait<0>\(\);(?=\n.*begin\(keys)"),
-    (TWO.with_(rows=2), r"(?<=SIDE\);\n)\s*cp_async_wait<0>\(\);"),
+    (TWO.with_(rows=2, passes=2), r"(?<=SIDE\);\n)\s*cp_async_wait<0>\(\);"),
 ]
 
 

@@ -198,13 +198,15 @@ def test_a_pass_that_needs_more_is_done_right(format_name: str, changes: dict[st
     config = config.with_(**changes)
     case = in_a_row(format_name, tokens)
     check(config, case)
+    bits = FORMATS[format_name].value_bits
     for token in (0, tokens // 2, tokens - 1):
         rows = case.key.clone()
         rows[token, 3] = torch.linspace(-1e38, 1e38, 128)
         check(config, replace(case, key=rows))
         for row in (
             torch.linspace(-1e38, 1e38, 128),
-            with_quotients_before_a_half(case.value, FORMATS[format_name].value_bits)[0, 0],
+            3 * torch.linspace(-1e38, 1e38, 128),  # a range beyond fp32
+            *(with_quotients_before_a_half(case.value, bits, cancels)[0, 0] for cancels in (False, True)),
         ):
             rows = case.value.clone()
             rows[token, 3] = row

@@ -184,7 +184,8 @@ void copy_async(void *shared, const void *global, int bytes, int valid, int line
     Lane &lane = *current;
     for (const AsyncCopy &pending : lane.copies) {
         if (destination < pending.destination + pending.bytes && pending.destination < destination + size) {
-            fail(line, "data race in shared memory: two copies to byte %td are in flight", destination - shared_begin());
+            fail(line, "data race in shared memory: two copies to byte %td are in flight",
+                 std::max(destination, pending.destination) - shared_begin());
         }
     }
     std::memset(destination, kPoison, size);
