@@ -63,8 +63,8 @@ def with_quotients_before_a_half(like: Tensor, bits: int, cancels: bool = False)
 
     The lowest value is the distance of `g` to the float before it, so the distance of `g` is that float, and the range
     is rounded to 2 g times the number of steps: the quotient is the number before a half, or the one before that where
-    `g` is 1.25 times a power of two. ``cancels``: the lowest value is -1, and others hardly differ from zero, so that they
-    lie as far from it as the float before 1.
+    `g` is 1.25 times a power of two. ``cancels``: the lowest value is -1, and others hardly differ from zero, so that
+    they lie as far from it as the float before 1.
     """
     tokens, heads, dim = like.shape
     number = torch.arange(tokens * heads).reshape(tokens, heads, 1)
