@@ -83,6 +83,31 @@ def test_groups(gqa: int) -> None:
     check(config, growing(config, 30.0), 2)
 
 
+def spike(config: Config, token: int, head: int) -> Case:
+    """400 tokens, of which one scores 30 bits more than all others, with one of several orthogonal query heads."""
+    problem, generator, tokens, dim = config.problem, torch.Generator().manual_seed(1), 400, config.problem.head_dim
+    codec = Codec.for_layout(problem.layout, 0)
+    cache = make_cache(problem.layout, tokens // 16, 16, 1, generator=generator)
+    queries = torch.linalg.qr(torch.randn(dim, problem.gqa, generator=generator))[0].T * dim**0.5
+    key = 0.1 * torch.randn(tokens, 1, dim, generator=generator)
+    key[token, 0] += 30 * math.log(2) * queries[head] / dim**0.5
+    value = torch.randn(tokens, 1, dim, generator=generator)
+    store(cache, key.bfloat16(), value.bfloat16(), torch.arange(tokens), codec)
+    pages = torch.arange(tokens // 16, dtype=torch.int32)[None]
+    lengths = torch.tensor([tokens], dtype=torch.int32)
+    return Case(queries.bfloat16()[None].contiguous(), cache, pages, lengths, dim**-0.5, codec)
+
+
+SPIKES = ((322, 0), (330, 0), (340, 0), (346, 0), (322, 1), (322, 9), (346, 15))
+"""Tokens in all quarters of a step of 32, heads on all places of a lane."""
+
+
+def test_one_score_of_one_head_is_enough() -> None:
+    config = lazy("turboquant_4bit_nc", gqa=16).with_(warps=1, tokens=32)
+    for token, head in SPIKES:
+        check(config, spike(config, token, head), 1)
+
+
 @pytest.mark.parametrize(("bits", "enough"), [(6.0, True), (30.0, False)])
 def test_weights_of_less_than_2_to_the_8_need_one_maximum(
     bits: float, enough: bool, monkeypatch: pytest.MonkeyPatch

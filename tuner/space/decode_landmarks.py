@@ -183,8 +183,8 @@ def lead_configs(problem: Problem, kv_heads: int) -> tuple[Config, ...]:
 
 def renewed(config: Config) -> tuple[Config, ...]:
     """Reads its rows in whole words and allots where it dealt, as far as it may. What changes the loop's registers is
-    tried both ways: where CTAs waited for each other they share out segments too, sums shrink lazily and always, and
-    squares of keys are added up over two k-steps and over one."""
+    tried both ways: where CTAs waited for each other they share out segments too, sums that always shrank
+    do so lazily too, and squares of keys are added up over two k-steps and over one."""
     whole = {"strided": "whole", "adjacent": "whole_adjacent"}.get(str(config["words"]))
     if whole and has_rows_alike(config):
         config = config.with_(words=whole)
