@@ -10,13 +10,13 @@ from itertools import product
 import pytest
 import torch
 from covering import WARPS, Pairs, most_new
-from decode_emulated import check, small_case
+from decode_emulated import check, small_case, stored_case
 from emulated import emulate_decode
 
 from tuner.emulate import compile_many
 from tuner.formats import FORMATS, HEAD_DIMS, slot_layout
 from tuner.launch import cache_order
-from tuner.reference import Case, Codec, bulk_case, codebook, make_cache, store, synthetic_cache
+from tuner.reference import Case, bulk_case, codebook, make_cache, synthetic_cache
 from tuner.render import render
 from tuner.space import Config, Problem, default_config, get_space, seed_config
 from tuner.space.core import Value
@@ -335,14 +335,10 @@ def test_scores_of_many_nats(cache_format: str) -> None:
 def value_case(config: Config, size: float) -> Case:
     """1000 tokens whose values have a standard deviation of ``size``."""
     problem, generator, tokens = config.problem, torch.Generator().manual_seed(0), 1000
-    codec = Codec.for_layout(problem.layout, 0)
-    pages = -(-tokens // 16)
-    cache = make_cache(problem.layout, pages, 16, 1, generator=generator)
+    cache = make_cache(problem.layout, -(-tokens // 16), 16, 1, generator=generator)
     key, value = torch.randn(2, tokens, 1, problem.head_dim, generator=generator)
-    store(cache, key.bfloat16(), (size * value).bfloat16(), torch.arange(tokens), codec)
-    query = torch.randn(1, problem.gqa, problem.head_dim, generator=generator).bfloat16()
-    table, lengths = torch.arange(pages, dtype=torch.int32)[None], torch.tensor([tokens], dtype=torch.int32)
-    return Case(query, cache, table, lengths, problem.head_dim**-0.5, codec)
+    query = torch.randn(problem.gqa, problem.head_dim, generator=generator)
+    return stored_case(problem, cache, query, key, size * value)
 
 
 @pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-2, 1e4])

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import emulated
 import pytest
 import torch
-from decode_emulated import check, small_case
+from decode_emulated import check, small_case, stored_case
 
 from tuner.emulate import compile_many
-from tuner.reference import Case, Codec, make_cache, store
+from tuner.reference import Case, make_cache
 from tuner.render import render
 from tuner.space import Config, Problem, default_config, get_space
 from tuner.space.core import Value
@@ -40,17 +40,12 @@ def compiled() -> None:
 def growing(config: Config, bits: float, size: float = 1.0) -> Case:
     """400 tokens whose scores grow, in all by ``bits`` in binary logarithms; values deviate by ``size``."""
     problem, generator, tokens = config.problem, torch.Generator().manual_seed(1), 400
-    codec = Codec.for_layout(problem.layout, 0)
     cache = make_cache(problem.layout, tokens // 16, 16, 1, generator=generator)
     query = torch.randn(problem.head_dim, generator=generator)
     scores = torch.linspace(-bits / 2, bits / 2, tokens) * math.log(2)
     key = scores[:, None] * query / query.square().sum() * problem.head_dim**0.5
     value = size * torch.randn(tokens, 1, problem.head_dim, generator=generator)
-    store(cache, key[:, None].bfloat16(), value.bfloat16(), torch.arange(tokens), codec)
-    pages = torch.arange(tokens // 16, dtype=torch.int32)[None]
-    heads = query.bfloat16().expand(1, problem.gqa, problem.head_dim).contiguous()
-    lengths = torch.tensor([tokens], dtype=torch.int32)
-    return Case(heads, cache, pages, lengths, problem.head_dim**-0.5, codec)
+    return stored_case(problem, cache, query.expand(problem.gqa, -1), key[:, None], value)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -86,16 +81,11 @@ def test_groups(gqa: int) -> None:
 def spike(config: Config, token: int, head: int) -> Case:
     """400 tokens, of which one scores 30 bits more than all others, with one of several orthogonal query heads."""
     problem, generator, tokens, dim = config.problem, torch.Generator().manual_seed(1), 400, config.problem.head_dim
-    codec = Codec.for_layout(problem.layout, 0)
     cache = make_cache(problem.layout, tokens // 16, 16, 1, generator=generator)
     queries = torch.linalg.qr(torch.randn(dim, problem.gqa, generator=generator))[0].T * dim**0.5
     key = 0.1 * torch.randn(tokens, 1, dim, generator=generator)
     key[token, 0] += 30 * math.log(2) * queries[head] / dim**0.5
-    value = torch.randn(tokens, 1, dim, generator=generator)
-    store(cache, key.bfloat16(), value.bfloat16(), torch.arange(tokens), codec)
-    pages = torch.arange(tokens // 16, dtype=torch.int32)[None]
-    lengths = torch.tensor([tokens], dtype=torch.int32)
-    return Case(queries.bfloat16()[None].contiguous(), cache, pages, lengths, dim**-0.5, codec)
+    return stored_case(problem, cache, queries, key, torch.randn(tokens, 1, dim, generator=generator))
 
 
 SPIKES = ((322, 0), (330, 0), (340, 0), (346, 0), (322, 1), (322, 9), (346, 15))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -12,6 +11,7 @@ from tuner.cli.options import (
     CONTEXT_SETTINGS,
     DEFAULT_FORMAT,
     INT_LIST,
+    SHARE_LIST,
     debug_option,
     ensure_file,
     tensor_parallel_option,
@@ -21,24 +21,6 @@ from tuner.errors import TunerError, UsageError
 
 ASSUMED_SHARES = (0.1, 0.2, 0.4)
 """Shares of a step with bf16 that attention might take: examples, since the rest of a step is not run."""
-
-
-class ShareList(click.ParamType):
-    """``0.1,0.2`` as a tuple of shares in the order given, each once, above 0 and at most 1."""
-
-    name = "list"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        if isinstance(value, tuple):
-            return value
-        try:
-            shares = tuple(dict.fromkeys(float(part) for part in str(value).split(",")))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of shares: expected for example 0.1,0.2", param, ctx)
-        for share in shares:
-            if not 0 < share <= 1:
-                raise UsageError(f"--attention-share is {share}: expected shares above 0 and at most 1")
-        return shares
 
 
 @click.command("bench", context_settings=CONTEXT_SETTINGS)
@@ -69,7 +51,7 @@ class ShareList(click.ParamType):
 @click.option(
     "--attention-share",
     "attention_shares",
-    type=ShareList(),
+    type=SHARE_LIST,
     default=ASSUMED_SHARES,
     metavar="LIST",
     help="Shares of a step with bf16 (0 to 1) that attention is assumed to take: a second table says what each makes "
@@ -115,6 +97,9 @@ def command(
     for value in (*concurrency, *contexts):
         if value < 1:
             raise UsageError(f"--concurrency and --context count requests and tokens, at least 1: not {value}")
+    for share in attention_shares:
+        if not 0 < share <= 1:
+            raise UsageError(f"--attention-share is {share}: expected shares above 0 and at most 1")
     if not 0 < budget < 86400:
         raise UsageError(f"--budget is {budget}: expected seconds, above 0 and less than a day")
     workload = load_model(model).shard(ranks)

@@ -23,21 +23,25 @@ FALLBACK_ARCH = "sm_121"
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
 
-class IntList(click.ParamType):
-    """``1,2,4`` as a tuple of integers, in the order given, each once."""
+class NumberList(click.ParamType):
+    """``1,2,4`` as a tuple of numbers in that order, each once. ``kind`` makes one of text, ``what`` names them."""
 
     name = "list"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+    def __init__(self, kind: type[int] | type[float], what: str, example: str) -> None:
+        self.kind, self.what, self.example = kind, what, example
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
         if isinstance(value, tuple):
             return value
         try:
-            return tuple(dict.fromkeys(int(part) for part in str(value).split(",")))
+            return tuple(dict.fromkeys(self.kind(part) for part in str(value).split(",")))
         except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers: expected for example 1,2,4", param, ctx)
+            self.fail(f"{value!r} is not a list of {self.what}: expected for example {self.example}", param, ctx)
 
 
-INT_LIST = IntList()
+INT_LIST = NumberList(int, "whole numbers", "1,2,4")
+SHARE_LIST = NumberList(float, "shares", "0.1,0.2")
 
 
 def debug_option(function: F) -> F:
