@@ -341,16 +341,18 @@ def value_case(config: Config, size: float) -> Case:
     return stored_case(problem, cache, query, key, size * value)
 
 
+@pytest.mark.parametrize("rescale", ["always", "lazy"])
 @pytest.mark.parametrize("size", [1e-5, 1e-4, 1e-2, 1e4])
 @pytest.mark.parametrize("cache_format", ["turboquant_4bit_nc", "turboquant_3bit_nc", "turboquant_seed_dense"])
-def test_values_of_any_size(cache_format: str, size: float) -> None:
-    config = default_config(Problem("decode", 128, 4, cache_format))
+def test_values_of_any_size(cache_format: str, size: float, rescale: str) -> None:
+    config = default_config(Problem("decode", 128, 4, cache_format)).with_(rescale=rescale)
     check(config, value_case(config, size))
 
 
-def test_a_row_of_equal_values_adds_nothing_but_its_zero_point() -> None:
+@pytest.mark.parametrize("rescale", ["always", "lazy"])
+def test_a_row_of_equal_values_adds_nothing_but_its_zero_point(rescale: str) -> None:
     """Its scale is zero as a half."""
-    config = default_config(Problem("decode", 64, 2, "turboquant_4bit_nc"))
+    config = default_config(Problem("decode", 64, 2, "turboquant_4bit_nc")).with_(rescale=rescale)
     case = value_case(config, 1.0)
     slot = slot_layout("turboquant_4bit_nc", 64)
     at = slot.value_offset + slot.value.scale_offset
@@ -361,8 +363,8 @@ def test_a_row_of_equal_values_adds_nothing_but_its_zero_point() -> None:
 
 
 def test_a_scale_that_is_not_a_number_reaches_the_output() -> None:
-    for cache_format in ("turboquant_4bit_nc", "turboquant_seed_dense"):
-        config = default_config(Problem("decode", 64, 2, cache_format))
+    for cache_format, rescale in product(("turboquant_4bit_nc", "turboquant_seed_dense"), ("always", "lazy")):
+        config = default_config(Problem("decode", 64, 2, cache_format)).with_(rescale=rescale)
         case = small_case(config, (20,))
         layout = slot_layout(cache_format, 64)
         field = layout.value.scale_offset if layout.value.scale_offset is not None else layout.value.norm_offset
