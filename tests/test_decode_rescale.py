@@ -11,6 +11,7 @@ import emulated
 import pytest
 import torch
 from decode_emulated import check, small_case, stored_case
+from torch import Tensor
 
 from tuner.emulate import compile_many
 from tuner.reference import Case, make_cache
@@ -78,14 +79,21 @@ def test_groups(gqa: int) -> None:
     check(config, growing(config, 30.0), 2)
 
 
-def spike(config: Config, token: int, head: int) -> Case:
-    """400 tokens, of which one scores 30 bits more than all others, with one of several orthogonal query heads."""
-    problem, generator, tokens, dim = config.problem, torch.Generator().manual_seed(1), 400, config.problem.head_dim
+def scored(config: Config, scores: Tensor) -> Case:
+    """Tokens that score ``scores`` [query heads, tokens], in binary logarithms and but for a little noise."""
+    problem, generator = config.problem, torch.Generator().manual_seed(1)
+    dim, tokens = problem.head_dim, scores.shape[1]
     cache = make_cache(problem.layout, tokens // 16, 16, 1, generator=generator)
     queries = torch.linalg.qr(torch.randn(dim, problem.gqa, generator=generator))[0].T * dim**0.5
-    key = 0.1 * torch.randn(tokens, 1, dim, generator=generator)
-    key[token, 0] += 30 * math.log(2) * queries[head] / dim**0.5
-    return stored_case(problem, cache, queries, key, torch.randn(tokens, 1, dim, generator=generator))
+    key = 0.1 * torch.randn(tokens, dim, generator=generator) + math.log(2) * scores.T @ queries / dim**0.5
+    return stored_case(problem, cache, queries, key[:, None], torch.randn(tokens, 1, dim, generator=generator))
+
+
+def spike(config: Config, token: int, head: int) -> Case:
+    """400 tokens, of which one scores 30 bits more than all others, with one query head."""
+    scores = torch.zeros(config.problem.gqa, 400)
+    scores[head, token] = 30
+    return scored(config, scores)
 
 
 SPIKES = ((322, 0), (330, 0), (340, 0), (346, 0), (322, 1), (322, 9), (346, 15))
@@ -113,6 +121,42 @@ def test_weights_of_less_than_2_to_the_8_need_one_maximum(
     else:
         with pytest.raises(AssertionError):
             check(config, case, 1)
+
+
+def test_sums_shrink_only_where_weights_would_exceed_2_to_the_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that spoils a head's sum whenever it shrinks, but for the first time, is right for 6 bits, not for 10."""
+    config = lazy("turboquant_4bit_nc").with_(warps=1)
+    spoilt, count = re.subn(
+        r"if \(vote_any\(grown\)\) ",
+        "if (vote_any(grown)) acc.total[0] = acc.largest[0] == LOWEST ? 0.f : 0.f / 0.f;\n    if (vote_any(grown)) ",
+        render(config).text,
+    )
+    assert count == 1
+    monkeypatch.setattr(emulated, "render", lambda _: SimpleNamespace(text=spoilt))
+    check(config, growing(config, 6.0), 1)
+    assert emulated.emulate_decode(config, growing(config, 10.0), 1).isnan().any()
+
+
+def test_heads_keep_their_maxima_while_anothers_grows() -> None:
+    """One head's scores grow by 300 bits in 300 tokens; another's first token outweighs all, the others' are flat."""
+    config = lazy("turboquant_4bit_nc").with_(warps=1)
+    scores = torch.zeros(config.problem.gqa, 400)
+    scores[1, 100:] = torch.linspace(0, 300, 300)
+    scores[2, 0] = 300
+    check(config, scored(config, scores), 1)
+
+
+def test_halves_hold_weights_far_below_the_greatest() -> None:
+    """The first of 1600 tokens outweighs each of the others 2^12 times; its value is minus theirs."""
+    config = lazy("turboquant_4bit_nc").with_(warps=1)
+    problem, generator, tokens = config.problem, torch.Generator().manual_seed(1), 1600
+    cache = make_cache(problem.layout, tokens // 16, 16, 1, generator=generator)
+    query, value = torch.randn(2, problem.head_dim, generator=generator)
+    key = torch.zeros(tokens, 1, problem.head_dim)
+    key[0] = 12.4 * math.log(2) * query / query.square().sum() * problem.head_dim**0.5
+    sign = torch.ones(tokens, 1, 1)
+    sign[0] = -1
+    check(config, stored_case(problem, cache, query.expand(problem.gqa, -1), key, sign * value), 1)
 
 
 def test_only_halves_that_hold_the_scales_of_values_may_be_lazy() -> None:
