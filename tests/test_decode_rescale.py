@@ -124,7 +124,7 @@ def test_weights_of_less_than_2_to_the_8_need_one_maximum(
 
 
 def test_sums_shrink_only_where_weights_would_exceed_2_to_the_8(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that spoils a head's sum whenever it shrinks, but for the first time, is right for 6 bits, not for 10."""
+    """A kernel that spoils a sum whenever it shrinks, but for the first time, is right for 6 bits, not for 10."""
     config = lazy("turboquant_4bit_nc").with_(warps=1)
     spoilt, count = re.subn(
         r"if \(vote_any\(grown\)\) ",
