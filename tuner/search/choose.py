@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tuner.errors import TunerError
@@ -172,6 +172,7 @@ def _race(
     search's own times are single short runs. Then with the baselines, on as many buckets as the time is enough for.
     """
     finals: dict[str, tuple[list[Point], Final]] = {}
+    settled: dict[str, Final] = {}
     racing = [b for b in request.buckets if b.key in plan.points]
     # In no order of size or kind: where the time ends the races, what is left out should not be all of one sort.
     random.Random(request.seed).shuffle(racing)
@@ -187,7 +188,9 @@ def _race(
             if isinstance(final, Failure):
                 tracker.tell("race", f"{bucket.key}: no race{how}, {final.kind}: {final.message}", failure=final)
                 continue
-            finals[bucket.key] = (entrants, _keep_to_portfolio(final, entrants, plan.portfolio))
+            screened = [plan.points[bucket.key][point] for point in entrants]
+            settled[bucket.key] = _settled(final, settled.get(bucket.key), screened)
+            finals[bucket.key] = (entrants, _keep_to_portfolio(settled[bucket.key], entrants, plan.portfolio))
             tracker.tell("race", f"race {done + 1}/{len(buckets)}{how}: {bucket.key}")
         return 0
 
@@ -221,6 +224,22 @@ def _shares(request: TuneRequest, buckets: Sequence[Bucket], until: float) -> It
     weights = [1 / len(buckets) + limit / sum(limits) for limit in limits]
     for done, bucket in enumerate(buckets):
         yield bucket, (until - time.monotonic()) * weights[done] / sum(weights[done:])
+
+
+def _settled(final: Final, before: Final | None, screened: Sequence[float]) -> Final:
+    """A tie, unless other measurements tell the kernels apart: few rounds, as short races have, tell little.
+
+    What an earlier race of the same contestants decided stands. Else the simpler kernel does, but not where it is
+    behind the fastest by more than the tolerance both in the race and in the search (``screened``: us per contestant).
+    """
+    if not final.tie:
+        return final
+    if before and not before.tie and final.times[before.winner]:
+        return replace(final, winner=before.winner, tie=False)
+    raced = [time.median_us if time else math.inf for time in final.times]
+    fastest, bar = min(range(len(raced)), key=raced.__getitem__), 1 + TOLERANCE
+    behind = all(times[final.winner] > bar * times[fastest] for times in (raced, screened))
+    return replace(final, winner=fastest, tie=False) if behind else final
 
 
 def _keep_to_portfolio(final: Final, points: list[Point], portfolio: tuple[int, ...]) -> Final:
