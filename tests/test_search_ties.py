@@ -17,7 +17,7 @@ from tuner.space import Config
 from tuner.table.portfolio import TOLERANCE
 from tuner.workload import Bucket
 
-SIMPLE, FAST, BROKEN = 0, 1, 2
+SIMPLE, FAST = 0, 1
 
 
 def outcome(*times: float | None, winner: int = SIMPLE, tie: bool = True) -> Final:
@@ -32,6 +32,7 @@ def outcome(*times: float | None, winner: int = SIMPLE, tie: bool = True) -> Fin
         ((10.1, 10.0), (10.5, 10.0), SIMPLE),  # behind in the search alone
         ((10.4, 10.0), (10.0, 10.4), SIMPLE),  # one says this, one that
         ((10.4, 10.0, None), (10.5, 10.1, 9.0), FAST),  # whoever did not finish is nobody's measure
+        ((10.4, None, 10.0), (10.5, 10.0, 10.1), 2),  # nor does it win
     ],
 )
 def test_the_simpler_stands_unless_two_measurements_put_it_behind(
@@ -41,6 +42,13 @@ def test_the_simpler_stands_unless_two_measurements_put_it_behind(
     settled = _settled(final, None, screened)
     assert settled.winner == winner and settled.tie == (winner == SIMPLE)
     assert settled.times == final.times and settled.baselines_us == final.baselines_us
+
+
+def test_the_simplest_of_those_that_nobody_is_ahead_of_wins() -> None:
+    settled = _settled(outcome(10.2, 9.95, 9.94), None, (10.3, 10.0, 10.0))
+    assert (settled.winner, settled.tie) == (1, True)
+    by_the_third = _settled(outcome(10.0, 9.7, 9.75), None, (10.0, 9.99, 9.0))
+    assert (by_the_third.winner, by_the_third.tie) == (1, False)
 
 
 def test_the_tolerance_is_the_tables() -> None:
@@ -55,6 +63,10 @@ def test_what_an_earlier_race_decided_stands() -> None:
     assert _settled(other_way, outcome(9.9, 10.0, tie=False), (10.0, 10.0)) == other_way, "no tie: the later counts"
     undecided = outcome(10.1, 10.0)
     assert _settled(undecided, undecided, (10.1, 10.0)) == undecided
+    contradicted = outcome(10.0, 9.9, 11.0)
+    assert _settled(contradicted, outcome(10.1, 10.2, 10.0, winner=2, tie=False), (10.0, 9.9, 11.0)) == contradicted
+    alone = outcome(None, 10.0, winner=FAST, tie=False)
+    assert _settled(outcome(10.0, 10.0), alone, (10.0, 10.0)) == outcome(10.0, 10.0), "it had no rival there"
     lost = outcome(10.0, None, 10.1)
     assert _settled(lost, replace(decided, winner=FAST), (10.0, 10.0, 10.1)) == lost, "who won before did not finish"
 
@@ -101,6 +113,28 @@ class Close(Undecided):
         return found
 
 
+class Contrary(Undecided):
+    """What the search finds slow its races find fast, and the reverse."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.slowest_us: dict[str, float] = {}
+
+    def final(
+        self,
+        contestants: Sequence[tuple[Candidate, int]],
+        bucket: Bucket,
+        rivals: Sequence[str] | None,
+        budget_s: float,
+    ) -> Final | Failure:
+        final = super().final(contestants, bucket, rivals, budget_s)
+        assert isinstance(final, Final)
+        times = [t.median_us for t in final.times if t]
+        self.slowest_us[bucket.key] = max(times)
+        mirrored = (min(times) + max(times) - us for us in times)
+        return replace(final, times=tuple(Time(us, us, us) for us in mirrored), winner=times.index(min(times)))
+
+
 def served(evaluator: Undecided) -> dict[str, tuple[str, float]]:
     """Bucket -> kernel of the table and its time."""
     result, _, _ = search(evaluator.root, evaluator, evidence="measured", trials=40, race_timeout_s=30.0)
@@ -123,3 +157,11 @@ def test_no_tie_makes_a_table_serve_what_is_known_to_be_beyond_its_tolerance(tmp
     times = served(undecided)
     assert len(undecided.alone) > 1
     assert all(us <= (1 + TOLERANCE) * undecided.fastest_us[key] for key, (_, us) in times.items())
+
+
+def test_a_tie_stands_where_race_and_search_contradict_each_other(tmp_path: Path) -> None:
+    contrary = Contrary(tmp_path)
+    times = served(contrary)
+    assert len(contrary.alone) > 1
+    for key, (_, us) in times.items():
+        assert us == contrary.slowest_us[key] > (1 + TOLERANCE) * contrary.fastest_us[key]

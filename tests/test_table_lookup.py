@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from test_table import K0, K1, make_table, timing
 
 from tuner.space import Problem
 from tuner.table import Choice, explain, lookup, mixes_lengths
+from tuner.table.schema import RunnerUp
 from tuner.workload import Bucket
 
 
@@ -73,6 +75,26 @@ def test_explain() -> None:
     assert "by_batch" not in text
     assert explain(make_table(), 8).lines[0].endswith("the best of each context")
     assert "default configuration" in explain(make_table(), 1000).lines[0]
+
+
+@pytest.mark.parametrize(
+    ("context", "tie", "told"),
+    [
+        (None, False, "0.900 x as long here, but slower for other lengths"),
+        (60000, False, "0.900 x as long here, but slower in another race, or a kernel more"),
+        (60000, True, "not to be told apart"),
+    ],
+)
+def test_explain_says_why_a_faster_runner_up_does_not_serve(context: int | None, tie: bool, told: str) -> None:
+    table = make_table()
+
+    def outrun(entries: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(replace(e, runner_up=RunnerUp(K0.params, 2, 0.9, tie)) for e in entries)
+
+    table = replace(
+        table, by_batch=outrun(table.by_batch), by_batch_and_context=outrun(table.by_batch_and_context)
+    )
+    assert f"runner-up: {told}" in explain(table, 8, context).lines[-1]
 
 
 @pytest.mark.parametrize(

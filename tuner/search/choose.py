@@ -229,17 +229,23 @@ def _shares(request: TuneRequest, buckets: Sequence[Bucket], until: float) -> It
 def _settled(final: Final, before: Final | None, screened: Sequence[float]) -> Final:
     """A tie, unless other measurements tell the kernels apart: few rounds, as short races have, tell little.
 
-    What an earlier race of the same contestants decided stands. Else the simpler kernel does, but not where it is
-    behind the fastest by more than the tolerance both in the race and in the search (``screened``: us per contestant).
+    What an earlier race of the same contestants decided stands, if this one does not put it beyond the tolerance. Else
+    the simplest does that no other is ahead of, which is by more than the tolerance both in the race and in the search
+    (``screened``: microseconds per contestant).
     """
     if not final.tie:
         return final
-    if before and not before.tie and final.times[before.winner]:
-        return replace(final, winner=before.winner, tie=False)
     raced = [time.median_us if time else math.inf for time in final.times]
     fastest, bar = min(range(len(raced)), key=raced.__getitem__), 1 + TOLERANCE
-    behind = all(times[final.winner] > bar * times[fastest] for times in (raced, screened))
-    return replace(final, winner=fastest, tie=False) if behind else final
+    if before and not before.tie and before.times[final.winner] and raced[before.winner] <= bar * raced[fastest]:
+        return replace(final, winner=before.winner, tie=False)
+
+    def is_behind(i: int) -> bool:
+        return any(raced[i] > bar * raced[j] and screened[i] > bar * screened[j] for j in range(len(raced)))
+
+    order = [i for i in range(final.winner, len(raced)) if final.times[i]]
+    winner = next((i for i in order if not is_behind(i)), fastest)
+    return final if winner == final.winner else replace(final, winner=winner, tie=winner != fastest)
 
 
 def _keep_to_portfolio(final: Final, points: list[Point], portfolio: tuple[int, ...]) -> Final:

@@ -192,7 +192,12 @@ def _runner_up_line(entry: BatchEntry | BucketEntry) -> str:
     r = entry.runner_up
     if r is None:
         return "runner-up: none, no other kernel was timed here"
-    verdict = "not to be told apart, so the simpler or shared kernel stands" if r.tie else f"{r.ratio:.3f} x as long"
-    if r.ratio < 1 and not r.tie:
-        verdict += " here, but slower for other lengths that this entry serves"
+    if r.tie:
+        verdict = "not to be told apart, so the simpler or shared kernel stands"
+    else:
+        verdict = f"{r.ratio:.3f} x as long"
+        if r.ratio < 1 and isinstance(entry, BatchEntry):
+            verdict += " here, but slower for other lengths that this entry serves"
+        elif r.ratio < 1:
+            verdict += " here, but slower in another race, or a kernel more"
     return f"runner-up: {verdict}: splits {r.splits}, " + " ".join(f"{n}={v}" for n, v in r.params)
