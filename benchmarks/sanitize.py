@@ -5,7 +5,7 @@
 
 One line per kernel and tool, and the first report where it found something. Kernels of a table share a process, since
 starting one takes longest, and where a tool reports anything each gets its own; --jobs processes at a time, whose whole
-output is kept in --work.
+output is kept in --work. So is what was clean (clean.jsonl): the same command goes on with the rest and what was not.
 
 Before that racecheck is asked about a small program, sanitize_control.cu, with races and without. It must tell them
 apart. Some of what kernels do it cannot be relied on to follow (sanitize_twin.py says what), so they are judged by
@@ -23,10 +23,11 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,16 +71,43 @@ class Subject:
     table: Table
     kernel: Kernel
     cubin: Path
-    twin: bool = False
+    twin: str = ""
+    """Digest of the twin's source."""
 
     @property
     def needs_twin(self) -> bool:
         return needs_twin(self.kernel.config(self.table.problem))
 
     @property
+    def key(self) -> str:
+        """What tells its cubin from all others: a twin's own bytes depend on where it was compiled."""
+        return f"{self.kernel.id} {self.twin}".strip()
+
+    @property
     def name(self) -> str:
         p = self.table.problem
         return f"{p.op} D={p.head_dim} group {p.gqa} {p.cache_format} {self.kernel.id}{' (twin)' if self.twin else ''}"
+
+
+class Judged:
+    """What was clean, in a JSON-lines file that outlives an interrupt, by tool, cubin and version of the sanitizer."""
+
+    def __init__(self, path: Path, version: str) -> None:
+        self._path, self._version, self._lock = path, version, threading.Lock()
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        self._clean = set(lines)
+        if lines and not lines[-1].endswith("\n"):  # it was being written when the last run ended
+            path.write_text("".join(lines[:-1]))
+
+    def is_clean(self, tool: str, subject: Subject) -> bool:
+        return self._line(tool, subject) in self._clean
+
+    def add(self, tool: str, subject: Subject) -> None:
+        with self._lock, self._path.open("a") as file:
+            file.write(self._line(tool, subject))
+
+    def _line(self, tool: str, subject: Subject) -> str:
+        return json.dumps({"tool": tool, "cubin": subject.key, "version": self._version}) + "\n"
 
 
 def subjects(folder: Path, arch: str) -> Iterator[Subject]:
@@ -105,7 +133,7 @@ def with_twins(found: Sequence[Subject], arch: str, work: Path) -> list[Subject]
         if isinstance(result, BuildFailure):
             print(f"no twin of {subject.name}: it does not compile: {result.message}; see {result.log}")
             result = None
-        made.append(replace(subject, cubin=result.cubin, twin=True) if result else subject)
+        made.append(replace(subject, cubin=result.cubin, twin=source.digest) if source and result else subject)
     return made
 
 
@@ -232,16 +260,33 @@ def run(args: argparse.Namespace) -> int:
     twins = "racecheck" in tools and follows_twins(sanitizer, target.arch, args.work)
     kernels = list(subjects(args.tables, target.arch))
     raced = with_twins(kernels, target.arch, args.work) if twins else kernels
-    parts = {tool: list(groups(raced if tool == "racecheck" else kernels)) for tool in tools}
-    asked = [(g, t) for together in zip(*parts.values(), strict=True) for g, t in zip(together, parts, strict=True)]
-    asked.sort(key=lambda a: -a[0][0].table.problem.head_dim)  # what takes longest first: nothing waits for it alone
+    judged = Judged(args.work / "clean.jsonl", version_of(sanitizer))
+    every = {tool: raced if tool == "racecheck" else kernels for tool in tools}
+    asked = open_questions(every, judged)
     left = args.timeout - (time.monotonic() - begun)
-    found = examine_all(asked, sanitizer, args.work, args.jobs, left)
-    number = sum(len(group) for group, _ in asked)
+    found = examine_all(asked, sanitizer, args.work, args.jobs, left, judged)
+    number, rest = sum(map(len, every.values())), sum(len(group) for group, _ in asked)
     counts = {word: found.count(word) for word in (CLEAN, UNSURE, FOUND)}
+    counts[CLEAN] += number - rest
     said = ", ".join(f"{n} {word}" for word, n in counts.items())
-    print(f"{said}; {number - len(found)} of {number} not run; logs in {args.work}")
+    before = f" ({number - rest} of them before)" if number > rest else ""
+    print(f"{said}{before}; {rest - len(found)} of {number} not run; logs in {args.work}")
     return 0 if counts[CLEAN] + counts[UNSURE] == number else 1
+
+
+def open_questions(every: Mapping[str, Sequence[Subject]], judged: Judged) -> list[tuple[list[Subject], str]]:
+    """Groups of what was not found clean before, each with its tool; what takes longest first: nothing waits for it
+    alone."""
+    parts = {tool: list(groups(s for s in some if not judged.is_clean(tool, s))) for tool, some in every.items()}
+    turns = itertools.zip_longest(*parts.values())
+    asked = [(group, tool) for turn in turns for group, tool in zip(turn, parts, strict=True) if group]
+    return sorted(asked, key=lambda a: -a[0][0].table.problem.head_dim)
+
+
+def version_of(sanitizer: str) -> str:
+    """What compute-sanitizer says of itself."""
+    told = subprocess.run([sanitizer, "--version"], capture_output=True, text=True, check=False).stdout
+    return " ".join(told.split())
 
 
 def examine_all(
@@ -250,6 +295,7 @@ def examine_all(
     work: Path,
     jobs: int,
     timeout_s: float,
+    judged: Judged,
 ) -> list[str]:
     """Of each kernel and tool that there was time for: CLEAN, FOUND or UNSURE; a line on each.
 
@@ -280,6 +326,8 @@ def examine_all(
             untold = subject.needs_twin and not subject.twin
             nothing = tool == "racecheck" and (untold or _OVERFLOW in text)
             said.append(UNSURE if nothing and status in (0, _FOUND) else FOUND if status else CLEAN)
+            if said[-1] == CLEAN:
+                judged.add(tool, subject)
             lines = [f"{said[-1]} {tool:9} {subject.name}: {summary(text)}"]
             print("\n".join(lines + (first_report(text) if said[-1] == FOUND else [])), flush=True)
         return said
