@@ -1,10 +1,9 @@
-"""The release steps: their order, what is done once, what is left over; and which kernels the sanitizers are given."""
+"""The release steps: their order, what is done once, what is left over."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -12,17 +11,16 @@ import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
 
 import pytest
 from command_line import ROOT, make_table
 
-from benchmarks import command, release, sanitize
+from benchmarks import command, release
 from benchmarks.release import STEPS, Step, argv, carry_out, chosen, publish
 from tuner.cli.tune import command as tune_command
-from tuner.errors import TunerError, UsageError
+from tuner.errors import UsageError
 from tuner.table import read, verify
-from tuner.table.store import FOLDER_VARIABLE, PACKAGE_TABLES
+from tuner.table.store import FOLDER_VARIABLE
 
 
 def step(name: str, code: str, seconds: float = 60) -> Step:
@@ -195,151 +193,6 @@ def test_new_tables_replace_those_of_their_names_and_leave_no_cubin_behind(tmp_p
     new = make_table(tmp_path / "new", context=65536)
     (written,) = publish(tmp_path / "new", tmp_path / "package")
     assert written == old and read(written) == read(new) and verify(written) == () and not stray.exists()
-
-
-def test_sanitizers_get_the_kernels_of_the_attached_gpu(tmp_path: Path) -> None:
-    make_table(tmp_path)
-    (subject,) = sanitize.subjects(tmp_path, "sm_121")
-    assert list(sanitize.subjects(tmp_path, "sm_90")) == []
-    words = sanitize.command("racecheck", "/bin/compute-sanitizer", [subject])
-    assert words[:3] == ["/bin/compute-sanitizer", "--tool", "racecheck"] and words[-2:] == [str(subject.cubin), "8"]
-    kind, config = words[words.index("--child") + 1], json.loads(words[words.index("--child") + 2])
-    assert kind == "kernel" and config["head_dim"] == 128 and config["params"] == dict(subject.kernel.params)
-    text = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
-    assert sanitize.summary(f"noise\n{text}\n") == "0 hazards displayed (0 errors, 0 warnings)"
-    assert sanitize.summary("crashed") == "no summary"
-
-
-def test_the_first_report_of_a_sanitizer_is_told() -> None:
-    race = "========= Error: Race reported between Write access at wph_decode+0x10\n=========     and Read access at +8"
-    more = "========= Warning: Race reported between Read access\n"
-    assert sanitize.first_report(f"========= COMPUTE-SANITIZER\n{race}\n=========\n{more}") == [
-        "    Error: Race reported between Write access at wph_decode+0x10",
-        "    and Read access at +8",
-    ]
-    assert sanitize.first_report("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)") == []
-
-
-@cache
-def package_subjects() -> list[sanitize.Subject]:
-    return list(sanitize.subjects(PACKAGE_TABLES, "sm_90"))
-
-
-def test_a_kernel_that_is_reported_is_told_apart_from_those_it_ran_with(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """With a program in the sanitizer's place that reports one of the cubins it is given."""
-    subjects = package_subjects()
-    parts = list(sanitize.groups(subjects))
-    assert [s for part in parts for s in part] == subjects and max(map(len, parts)) == 5
-    assert all(len({s.table.file_name for s in part}) == 1 for part in parts)
-    group = next(part for part in parts if len(part) >= 3)
-    tool, guilty = tmp_path / "sanitizer", group[1]
-    plain = next(s for s in subjects if not s.needs_twin and s is not guilty)
-    tool.write_text(
-        f"#!{sys.executable}\nimport sys\nfound = {str(guilty.cubin)!r} in sys.argv\n"
-        "print('========= Invalid read' * found)\n"
-        "print('========= ERROR SUMMARY:', int(found), 'errors')\nsys.exit(9 * found)\n"
-    )
-    tool.chmod(0o755)
-    found = sanitize.examine_all([(group, "memcheck"), ([plain], "racecheck")], str(tool), tmp_path / "w", 2, 60)
-    assert found == ["FOUND" if s is guilty else "clean" for s in group] + ["clean"]
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(group) + 2
-    at = lines.index(f"FOUND memcheck  {guilty.name}: 1 errors")
-    assert lines[at + 1] == "    Invalid read" and sum(line.startswith("FOUND") for line in lines) == 1
-    assert sanitize.examine_all([(group, "memcheck")], str(tool), tmp_path / "w", 1, 0) == []
-
-
-@pytest.mark.parametrize(("status", "word"), [(9, "FOUND"), (0, "clean")])
-def test_kernels_that_need_twins_are_unsure_and_their_twins_are_not(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, word: str
-) -> None:
-    subjects = package_subjects()
-    sliced = next(s for s in subjects if s.needs_twin)
-    whole = next(s for s in subjects if not s.needs_twin)
-    tool = tmp_path / "sanitizer"
-    tool.write_text(f"#!{sys.executable}\nprint('========= RACECHECK SUMMARY: 3')\nraise SystemExit({status})\n")
-    tool.chmod(0o755)
-    paired = replace(sliced, twin=True)
-    asked = [([sliced], "racecheck"), ([sliced], "memcheck"), ([whole], "racecheck"), ([paired], "racecheck")]
-    expected = ["unsure", word, word, word]
-    assert sanitize.examine_all(asked, str(tool), tmp_path, 1, 60) == expected
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == expected
-
-
-def test_racecheck_that_loses_count_of_barriers_is_unsure(tmp_path: Path) -> None:
-    subject = package_subjects()[0]
-    tool = tmp_path / "sanitizer"
-    tool.write_text(
-        f"#!{sys.executable}\nprint('========= Warning: Detected overflow of tracked cuda::barrier structures. Results "
-        "might be incorrect. Try using --num-cuda-barriers to fix the issue')\n"
-    )
-    tool.chmod(0o755)
-    found = sanitize.examine_all([([subject], "racecheck"), ([subject], "memcheck")], str(tool), tmp_path / "w", 1, 60)
-    assert found == ["unsure", "clean"]
-
-
-@pytest.fixture(scope="module")
-def control(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The control's program, compiled where no sanitizer can be asked about it."""
-    folder = tmp_path_factory.mktemp("control")
-    with pytest.raises(TunerError, match="could not run it"):
-        sanitize.follows_twins("/bin/false", "sm_90", folder)
-    return folder / "control"
-
-
-TOLD = {"cta": (0, 9), "pairs": (0, 9, 9, 9), "turns": (0, 9, 9), "lanes": (0,)}
-STORED = "in what a cluster's CTAs store in each other's shared memory"
-OWN = "where kernels' own ways have none"
-
-
-@pytest.mark.parametrize(
-    ("answers", "expected"),
-    [
-        ({}, f"tells races of twins, those too {STORED}"),
-        ({"lanes": (1,)}, f"tells races of twins, those too {STORED}, could not be asked {OWN}"),
-        ({"lanes": (9,)}, f"tells races of twins, those too {STORED}, reports some {OWN}"),
-        ({"turns": (0, 9, 0)}, f"tells races of twins, but none {STORED}"),
-        ({"turns": (0, 9, 1)}, f"tells races of twins, not asked about those {STORED}"),
-        ({"pairs": (0, 0, 0, 0)}, "cannot tell races of twins"),
-        ({"pairs": (9, 9, 9, 9)}, "cannot tell races of twins"),
-        ({"pairs": (0, 9, 9, 0)}, "cannot tell races of twins"),
-        ({"pairs": (1, 9, 9, 9)}, "cannot tell races of twins"),
-        ({"turns": (9, 9, 9)}, "cannot tell races of twins"),
-        ({"turns": (0, 0, 9)}, "cannot tell races of twins"),
-        ({"cta": (1, 9)}, None),
-        ({"cta": (0, 0)}, None),
-        ({"cta": (9, 9)}, None),
-    ],
-)
-def test_the_control_says_whether_racecheck_can_be_believed_about_twins(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    control: Path,
-    answers: dict[str, tuple[int, ...]],
-    expected: str | None,
-) -> None:
-    """The program is compiled once; a script stands in the sanitizer's place, which needs a GPU."""
-
-    def run(words: list[str], log: IO[str], limit_s: float, **options: Any) -> int | None:
-        if Path(words[0]).name != "nvcc":
-            return command.run_bounded(words, log, limit_s, **options)
-        shutil.copy(control, words[words.index("-o") + 1])
-        return 0
-
-    monkeypatch.setattr(sanitize, "run_bounded", run)
-    tool = tmp_path / "sanitizer"
-    tool.write_text(f"#!{sys.executable}\nimport sys\nsys.exit({TOLD | answers}[sys.argv[-2]][int(sys.argv[-1])])\n")
-    tool.chmod(0o755)
-    if expected:
-        assert sanitize.follows_twins(str(tool), "sm_90", tmp_path / "work") == expected.startswith("tells")
-        assert capsys.readouterr().out == f"control: racecheck {expected}\n"
-    else:
-        with pytest.raises(TunerError, match=r"does not tell races in sanitize_control\.cu, or could not run it"):
-            sanitize.follows_twins(str(tool), "sm_90", tmp_path / "work")
-    assert (tmp_path / "work" / "control").is_file()
 
 
 @pytest.mark.parametrize("name", ["release.py", "sanitize.py"])

@@ -1,15 +1,175 @@
-"""What the sanitizers' command asks, and what not again. The sanitizer is a script here: the real one needs a GPU."""
+"""Which kernels the sanitizers are given, what is said of them, and what is not asked again. Scripts stand in the
+sanitizer's place, which needs a GPU."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
+from command_line import make_table
 
-from benchmarks import sanitize
+from benchmarks import command, sanitize
 from benchmarks.sanitize import CLEAN, FOUND, TOOLS, Judged, Subject
+from tuner.errors import TunerError
 from tuner.table.store import PACKAGE_TABLES
+
+
+def judged_in(folder: Path) -> Judged:
+    return Judged(folder / "clean.jsonl", "1")
+
+
+def test_sanitizers_get_the_kernels_of_the_attached_gpu(tmp_path: Path) -> None:
+    make_table(tmp_path)
+    (subject,) = sanitize.subjects(tmp_path, "sm_121")
+    assert list(sanitize.subjects(tmp_path, "sm_90")) == []
+    words = sanitize.command("racecheck", "/bin/compute-sanitizer", [subject])
+    assert words[:3] == ["/bin/compute-sanitizer", "--tool", "racecheck"] and words[-2:] == [str(subject.cubin), "8"]
+    kind, config = words[words.index("--child") + 1], json.loads(words[words.index("--child") + 2])
+    assert kind == "kernel" and config["head_dim"] == 128 and config["params"] == dict(subject.kernel.params)
+    text = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"
+    assert sanitize.summary(f"noise\n{text}\n") == "0 hazards displayed (0 errors, 0 warnings)"
+    assert sanitize.summary("crashed") == "no summary"
+
+
+def test_the_first_report_of_a_sanitizer_is_told() -> None:
+    race = "========= Error: Race reported between Write access at wph_decode+0x10\n=========     and Read access at +8"
+    more = "========= Warning: Race reported between Read access\n"
+    assert sanitize.first_report(f"========= COMPUTE-SANITIZER\n{race}\n=========\n{more}") == [
+        "    Error: Race reported between Write access at wph_decode+0x10",
+        "    and Read access at +8",
+    ]
+    assert sanitize.first_report("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)") == []
+
+
+@cache
+def package_subjects() -> list[sanitize.Subject]:
+    return list(sanitize.subjects(PACKAGE_TABLES, "sm_90"))
+
+
+def test_a_kernel_that_is_reported_is_told_apart_from_those_it_ran_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a program in the sanitizer's place that reports one of the cubins it is given."""
+    subjects = package_subjects()
+    parts = list(sanitize.groups(subjects))
+    assert [s for part in parts for s in part] == subjects and max(map(len, parts)) == 5
+    assert all(len({s.table.file_name for s in part}) == 1 for part in parts)
+    group = next(part for part in parts if len(part) >= 3)
+    tool, guilty = tmp_path / "sanitizer", group[1]
+    plain = next(s for s in subjects if not s.needs_twin and s is not guilty)
+    tool.write_text(
+        f"#!{sys.executable}\nimport sys\nfound = {str(guilty.cubin)!r} in sys.argv\n"
+        "print('========= Invalid read' * found)\n"
+        "print('========= ERROR SUMMARY:', int(found), 'errors')\nsys.exit(9 * found)\n"
+    )
+    tool.chmod(0o755)
+    asked = [(group, "memcheck"), ([plain], "racecheck")]
+    found = sanitize.examine_all(asked, str(tool), tmp_path / "w", 2, 60, judged_in(tmp_path))
+    assert found == ["FOUND" if s is guilty else "clean" for s in group] + ["clean"]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(group) + 2
+    at = lines.index(f"FOUND memcheck  {guilty.name}: 1 errors")
+    assert lines[at + 1] == "    Invalid read" and sum(line.startswith("FOUND") for line in lines) == 1
+    assert sanitize.examine_all([(group, "memcheck")], str(tool), tmp_path / "w", 1, 0, judged_in(tmp_path)) == []
+
+
+@pytest.mark.parametrize(("status", "word"), [(9, "FOUND"), (0, "clean")])
+def test_kernels_that_need_twins_are_unsure_and_their_twins_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], status: int, word: str
+) -> None:
+    subjects = package_subjects()
+    sliced = next(s for s in subjects if s.needs_twin)
+    whole = next(s for s in subjects if not s.needs_twin)
+    tool = tmp_path / "sanitizer"
+    tool.write_text(f"#!{sys.executable}\nprint('========= RACECHECK SUMMARY: 3')\nraise SystemExit({status})\n")
+    tool.chmod(0o755)
+    paired = replace(sliced, twin="digest")
+    asked = [([sliced], "racecheck"), ([sliced], "memcheck"), ([whole], "racecheck"), ([paired], "racecheck")]
+    expected = ["unsure", word, word, word]
+    assert sanitize.examine_all(asked, str(tool), tmp_path, 1, 60, judged_in(tmp_path)) == expected
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == expected
+
+
+def test_racecheck_that_loses_count_of_barriers_is_unsure(tmp_path: Path) -> None:
+    subject = package_subjects()[0]
+    tool = tmp_path / "sanitizer"
+    tool.write_text(
+        f"#!{sys.executable}\nprint('========= Warning: Detected overflow of tracked cuda::barrier structures. Results "
+        "might be incorrect. Try using --num-cuda-barriers to fix the issue')\n"
+    )
+    tool.chmod(0o755)
+    asked = [([subject], "racecheck"), ([subject], "memcheck")]
+    found = sanitize.examine_all(asked, str(tool), tmp_path / "w", 1, 60, judged_in(tmp_path))
+    assert found == ["unsure", "clean"]
+
+
+@pytest.fixture(scope="module")
+def control(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The control's program, compiled where no sanitizer can be asked about it."""
+    folder = tmp_path_factory.mktemp("control")
+    with pytest.raises(TunerError, match="could not run it"):
+        sanitize.follows_twins("/bin/false", "sm_90", folder)
+    return folder / "control"
+
+
+TOLD = {"cta": (0, 9), "pairs": (0, 9, 9, 9), "turns": (0, 9, 9), "lanes": (0,)}
+STORED = "in what a cluster's CTAs store in each other's shared memory"
+OWN = "where kernels' own ways have none"
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ({}, f"tells races of twins, those too {STORED}"),
+        ({"lanes": (1,)}, f"tells races of twins, those too {STORED}, could not be asked {OWN}"),
+        ({"lanes": (9,)}, f"tells races of twins, those too {STORED}, reports some {OWN}"),
+        ({"turns": (0, 9, 0)}, f"tells races of twins, but none {STORED}"),
+        ({"turns": (0, 9, 1)}, f"tells races of twins, not asked about those {STORED}"),
+        ({"pairs": (0, 0, 0, 0)}, "cannot tell races of twins"),
+        ({"pairs": (9, 9, 9, 9)}, "cannot tell races of twins"),
+        ({"pairs": (0, 9, 9, 0)}, "cannot tell races of twins"),
+        ({"pairs": (1, 9, 9, 9)}, "cannot tell races of twins"),
+        ({"turns": (9, 9, 9)}, "cannot tell races of twins"),
+        ({"turns": (0, 0, 9)}, "cannot tell races of twins"),
+        ({"cta": (1, 9)}, None),
+        ({"cta": (0, 0)}, None),
+        ({"cta": (9, 9)}, None),
+    ],
+)
+def test_the_control_says_whether_racecheck_can_be_believed_about_twins(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    control: Path,
+    answers: dict[str, tuple[int, ...]],
+    expected: str | None,
+) -> None:
+    """The program is compiled once; a script stands in the sanitizer's place, which needs a GPU."""
+
+    def run(words: list[str], log: IO[str], limit_s: float, **options: Any) -> int | None:
+        if Path(words[0]).name != "nvcc":
+            return command.run_bounded(words, log, limit_s, **options)
+        shutil.copy(control, words[words.index("-o") + 1])
+        return 0
+
+    monkeypatch.setattr(sanitize, "run_bounded", run)
+    tool = tmp_path / "sanitizer"
+    tool.write_text(f"#!{sys.executable}\nimport sys\nsys.exit({TOLD | answers}[sys.argv[-2]][int(sys.argv[-1])])\n")
+    tool.chmod(0o755)
+    if expected:
+        assert sanitize.follows_twins(str(tool), "sm_90", tmp_path / "work") == expected.startswith("tells")
+        assert capsys.readouterr().out == f"control: racecheck {expected}\n"
+    else:
+        with pytest.raises(TunerError, match=r"does not tell races in sanitize_control\.cu, or could not run it"):
+            sanitize.follows_twins(str(tool), "sm_90", tmp_path / "work")
+    assert (tmp_path / "work" / "control").is_file()
+
 
 _SANITIZER = """#!/bin/sh
 if [ "$1" = --version ]; then printf 'NVIDIA (R) Compute Sanitizer\\nVersion 1\\n'; exit; fi
@@ -31,9 +191,9 @@ def sanitizer(tmp_path: Path) -> str:
 @pytest.fixture(scope="module")
 def kernels() -> list[Subject]:
     """Of two tables."""
-    found = [s for s in sanitize.subjects(PACKAGE_TABLES, "sm_90") if "H200" in s.table.device.name]
-    first, second = list(dict.fromkeys(s.table.file_name for s in found))[:2]
-    return [s for s in found if s.table.file_name in (first, second)]
+    found = package_subjects()
+    some = list(dict.fromkeys(s.table.file_name for s in found))[:2]
+    return [s for s in found if s.table.file_name in some]
 
 
 def names(asked: list[tuple[list[Subject], str]]) -> set[tuple[str, str]]:
@@ -45,25 +205,24 @@ def test_the_same_command_goes_on_with_what_was_not_clean(
 ) -> None:
     broken = kernels[1]
     monkeypatch.setenv("BROKEN", str(broken.cubin))
-    every = {tool: kernels for tool in TOOLS}
     path, version = tmp_path / "clean.jsonl", sanitize.version_of(sanitizer)
     assert version == "NVIDIA (R) Compute Sanitizer Version 1"
     judged = Judged(path, version)
-    asked = sanitize.open_questions(every, judged)
+    asked = sanitize.open_questions({tool: kernels for tool in TOOLS}, judged)
     everything = {(s.kernel.id, tool) for s in kernels for tool in TOOLS}
     assert names(asked) == everything and all(len({s.table.file_name for s in group}) == 1 for group, _ in asked)
 
-    untwinned = [replace(s, twin="digest") for s in kernels]  # else racecheck's word would not count for all
-    asked = sanitize.open_questions({"memcheck": kernels, "racecheck": untwinned}, judged)
+    twins = [replace(s, twin="digest") for s in kernels]  # without them racecheck's word would not count for all
+    every = {"memcheck": kernels, "racecheck": twins}
+    asked = sanitize.open_questions(every, judged)
     words = sanitize.examine_all(asked, sanitizer, tmp_path / "logs", 2, 60.0, judged)
     assert words.count(FOUND) == 2 and words.count(CLEAN) == len(everything) - 2
 
     again = Judged(path, version)
-    twins = {"memcheck": kernels, "racecheck": untwinned}
-    assert names(sanitize.open_questions(twins, again)) == {(broken.kernel.id, tool) for tool in TOOLS}
+    assert names(sanitize.open_questions(every, again)) == {(broken.kernel.id, tool) for tool in TOOLS}
     for others in (kernels, [replace(s, twin="another digest") for s in kernels]):
         assert len(names(sanitize.open_questions({"racecheck": others}, again))) == len(kernels)
-    assert names(sanitize.open_questions(twins, Judged(path, "Version 2"))) == everything
+    assert names(sanitize.open_questions(every, Judged(path, "Version 2"))) == everything
 
 
 def test_a_line_that_was_being_written_counts_for_nothing(tmp_path: Path, kernels: list[Subject]) -> None:
