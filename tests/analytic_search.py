@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import subprocess
 import sys
 import time
@@ -45,6 +46,8 @@ class Analytic:
         self.root, self.pause_s, self.buckets = root, pause_s, buckets
         self.log: list[tuple[str, float, float, tuple[Config, ...]]] = []
         self.sweeps = 0
+        self.off = 0.0
+        """By how much of itself a time of the search may be wrong, differently for every kernel, bucket and splits."""
         self.race_s = 0.0
         self.shares_s: dict[str, float] = {}
         """Of each race with baselines, in their order: the time it was given."""
@@ -72,7 +75,13 @@ class Analytic:
         start = time.monotonic()
         time.sleep(self.pause_s / 4)
         self.log.append(("score", start, time.monotonic(), (candidate.config,)))
-        return Scored({b.key: {s: self.time(candidate.config, b, s) for s in (1, 8)} for b in self.buckets})
+        return Scored({b.key: {s: self.screened(candidate.config, b, s) for s in (1, 8)} for b in self.buckets})
+
+    def screened(self, config: Config, bucket: Bucket, splits: int) -> Time:
+        """What the search sees of ``time``."""
+        t = self.time(config, bucket, splits)
+        seen = 1 + random.Random(f"{config.describe()} {bucket.key} {splits}").uniform(-self.off, self.off)
+        return Time(seen * t.median_us, seen * t.ci_low_us, seen * t.ci_high_us)
 
     def time(self, config: Config, bucket: Bucket, splits: int) -> Time:
         c = config
@@ -104,14 +113,20 @@ class Analytic:
     ) -> Final | Failure:
         times = tuple(self.time(c.config, bucket, s) for c, s in contestants)
         winner = min(range(len(times)), key=lambda i: times[i].median_us)
+        baselines_us: dict[str, float | None] = {}
         if rivals is None:
             assert not self.shares_s and budget_s > 0, "first of all"
             self.alone.append(bucket.key)
-            return Final(times, winner, False, {})
-        self.shares_s[bucket.key] = budget_s
-        time.sleep(self.race_s)
-        us = times[winner].median_us
-        return Final(times, winner, False, {"triton": 10 * us, "fa3_bf16": None} | {n: 4 * us for n in rivals})
+        else:
+            self.shares_s[bucket.key] = budget_s
+            time.sleep(self.race_s)
+            us = times[winner].median_us
+            baselines_us = {"triton": 10 * us, "fa3_bf16": None} | {n: 4 * us for n in rivals}
+        return self.outcome(bucket, Final(times, winner, False, baselines_us), alone=rivals is None)
+
+    def outcome(self, bucket: Bucket, final: Final, alone: bool) -> Final:
+        """What a race without noise, ``alone`` or with baselines, is made to say."""
+        return final
 
     def close(self) -> None:
         pass

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from analytic_search import BUCKETS, PROBLEM, SHAPE, TARGET, Analytic, search
 
-from tuner.search import Candidate, Failure, Time, Timings
+from tuner.search import Time
 from tuner.search.choose import _settled
-from tuner.search.evaluate import Final, Scored, limit_us
+from tuner.search.evaluate import Final, limit_us
 from tuner.space import Config
 from tuner.table.portfolio import TOLERANCE
 from tuner.workload import Bucket
@@ -80,37 +79,24 @@ class Undecided(Analytic):
         self.fastest_us: dict[str, float] = {}
         """By bucket, of the contestants of its last race."""
 
-    def final(
-        self,
-        contestants: Sequence[tuple[Candidate, int]],
-        bucket: Bucket,
-        rivals: Sequence[str] | None,
-        budget_s: float,
-    ) -> Final | Failure:
-        final = super().final(contestants, bucket, rivals, budget_s)
-        assert isinstance(final, Final)
+    def outcome(self, bucket: Bucket, final: Final, alone: bool) -> Final:
         times = [t.median_us for t in final.times if t]
         self.fastest_us[bucket.key] = min(times)
-        tie = self.ties_alone if rivals is None else self.ties
+        tie = self.ties_alone if alone else self.ties
         return replace(final, winner=times.index(max(times)), tie=True) if tie else final
 
 
 class Close(Undecided):
     """Kernels are within one percent of each other, which the search does not see: its times are up to 20% off."""
 
+    def __init__(self, root: Path, ties_alone: bool, ties: bool) -> None:
+        super().__init__(root, ties_alone, ties)
+        self.off = 0.2
+
     def time(self, config: Config, bucket: Bucket, splits: int) -> Time:
         digits = random.Random(f"{config.describe()} {bucket}").uniform(1, 1.01)
         us = digits * limit_us(PROBLEM, SHAPE, bucket, TARGET)
         return Time(us, us, us)
-
-    def score(self, candidate: Candidate, best: Timings | None) -> Scored | Failure:
-        found = super().score(candidate, best)
-        assert isinstance(found, Scored)
-        for bucket, row in found.timings.items():
-            for splits, t in row.items():
-                off = random.Random(f"{candidate.config.describe()} {bucket} {splits}").uniform(0.8, 1.2)
-                row[splits] = Time(off * t.median_us, off * t.ci_low_us, off * t.ci_high_us)
-        return found
 
 
 class Contrary(Undecided):
@@ -120,18 +106,11 @@ class Contrary(Undecided):
         super().__init__(root)
         self.slowest_us: dict[str, float] = {}
 
-    def final(
-        self,
-        contestants: Sequence[tuple[Candidate, int]],
-        bucket: Bucket,
-        rivals: Sequence[str] | None,
-        budget_s: float,
-    ) -> Final | Failure:
-        final = super().final(contestants, bucket, rivals, budget_s)
-        assert isinstance(final, Final)
+    def outcome(self, bucket: Bucket, final: Final, alone: bool) -> Final:
         times = [t.median_us for t in final.times if t]
         self.slowest_us[bucket.key] = max(times)
         mirrored = (min(times) + max(times) - us for us in times)
+        final = super().outcome(bucket, final, alone)
         return replace(final, times=tuple(Time(us, us, us) for us in mirrored), winner=times.index(min(times)))
 
 
