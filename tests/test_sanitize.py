@@ -20,6 +20,14 @@ from tuner.errors import TunerError
 from tuner.table.store import PACKAGE_TABLES
 
 
+def stand_in(folder: Path, code: str) -> str:
+    """A program in the sanitizer's place."""
+    tool = folder / "sanitizer"
+    tool.write_text(f"#!{sys.executable}\nimport sys\n{code}\n")
+    tool.chmod(0o755)
+    return str(tool)
+
+
 def judged_in(folder: Path) -> Judged:
     return Judged(folder / "clean.jsonl", "1")
 
@@ -61,22 +69,21 @@ def test_a_kernel_that_is_reported_is_told_apart_from_those_it_ran_with(
     assert [s for part in parts for s in part] == subjects and max(map(len, parts)) == 5
     assert all(len({s.table.file_name for s in part}) == 1 for part in parts)
     group = next(part for part in parts if len(part) >= 3)
-    tool, guilty = tmp_path / "sanitizer", group[1]
+    guilty = group[1]
     plain = next(s for s in subjects if not s.needs_twin and s is not guilty)
-    tool.write_text(
-        f"#!{sys.executable}\nimport sys\nfound = {str(guilty.cubin)!r} in sys.argv\n"
-        "print('========= Invalid read' * found)\n"
-        "print('========= ERROR SUMMARY:', int(found), 'errors')\nsys.exit(9 * found)\n"
+    tool = stand_in(
+        tmp_path,
+        f"found = {str(guilty.cubin)!r} in sys.argv\nprint('========= Invalid read' * found)\n"
+        "print('========= ERROR SUMMARY:', int(found), 'errors')\nsys.exit(9 * found)",
     )
-    tool.chmod(0o755)
     asked = [(group, "memcheck"), ([plain], "racecheck")]
-    found = sanitize.examine_all(asked, str(tool), tmp_path / "w", 2, 60, judged_in(tmp_path))
+    found = sanitize.examine_all(asked, tool, tmp_path / "w", 2, 60, judged_in(tmp_path))
     assert found == ["FOUND" if s is guilty else "clean" for s in group] + ["clean"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(group) + 2
     at = lines.index(f"FOUND memcheck  {guilty.name}: 1 errors")
     assert lines[at + 1] == "    Invalid read" and sum(line.startswith("FOUND") for line in lines) == 1
-    assert sanitize.examine_all([(group, "memcheck")], str(tool), tmp_path / "w", 1, 0, judged_in(tmp_path)) == []
+    assert sanitize.examine_all([(group, "memcheck")], tool, tmp_path / "w", 1, 0, judged_in(tmp_path)) == []
 
 
 @pytest.mark.parametrize(("status", "word"), [(9, "FOUND"), (0, "clean")])
@@ -86,26 +93,23 @@ def test_kernels_that_need_twins_are_unsure_and_their_twins_are_not(
     subjects = package_subjects()
     sliced = next(s for s in subjects if s.needs_twin)
     whole = next(s for s in subjects if not s.needs_twin)
-    tool = tmp_path / "sanitizer"
-    tool.write_text(f"#!{sys.executable}\nprint('========= RACECHECK SUMMARY: 3')\nraise SystemExit({status})\n")
-    tool.chmod(0o755)
+    tool = stand_in(tmp_path, f"print('========= RACECHECK SUMMARY: 3')\nsys.exit({status})")
     paired = replace(sliced, twin="digest")
     asked = [([sliced], "racecheck"), ([sliced], "memcheck"), ([whole], "racecheck"), ([paired], "racecheck")]
     expected = ["unsure", word, word, word]
-    assert sanitize.examine_all(asked, str(tool), tmp_path, 1, 60, judged_in(tmp_path)) == expected
+    assert sanitize.examine_all(asked, tool, tmp_path, 1, 60, judged_in(tmp_path)) == expected
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == expected
 
 
 def test_racecheck_that_loses_count_of_barriers_is_unsure(tmp_path: Path) -> None:
     subject = package_subjects()[0]
-    tool = tmp_path / "sanitizer"
-    tool.write_text(
-        f"#!{sys.executable}\nprint('========= Warning: Detected overflow of tracked cuda::barrier structures. Results "
-        "might be incorrect. Try using --num-cuda-barriers to fix the issue')\n"
+    tool = stand_in(
+        tmp_path,
+        "print('========= Warning: Detected overflow of tracked cuda::barrier structures. Results might be incorrect. "
+        "Try using --num-cuda-barriers to fix the issue')",
     )
-    tool.chmod(0o755)
     asked = [([subject], "racecheck"), ([subject], "memcheck")]
-    found = sanitize.examine_all(asked, str(tool), tmp_path / "w", 1, 60, judged_in(tmp_path))
+    found = sanitize.examine_all(asked, tool, tmp_path / "w", 1, 60, judged_in(tmp_path))
     assert found == ["unsure", "clean"]
 
 
@@ -159,33 +163,14 @@ def test_the_control_says_whether_racecheck_can_be_believed_about_twins(
         return 0
 
     monkeypatch.setattr(sanitize, "run_bounded", run)
-    tool = tmp_path / "sanitizer"
-    tool.write_text(f"#!{sys.executable}\nimport sys\nsys.exit({TOLD | answers}[sys.argv[-2]][int(sys.argv[-1])])\n")
-    tool.chmod(0o755)
+    tool = stand_in(tmp_path, f"sys.exit({TOLD | answers}[sys.argv[-2]][int(sys.argv[-1])])")
     if expected:
-        assert sanitize.follows_twins(str(tool), "sm_90", tmp_path / "work") == expected.startswith("tells")
+        assert sanitize.follows_twins(tool, "sm_90", tmp_path / "work") == expected.startswith("tells")
         assert capsys.readouterr().out == f"control: racecheck {expected}\n"
     else:
         with pytest.raises(TunerError, match=r"does not tell races in sanitize_control\.cu, or could not run it"):
-            sanitize.follows_twins(str(tool), "sm_90", tmp_path / "work")
+            sanitize.follows_twins(tool, "sm_90", tmp_path / "work")
     assert (tmp_path / "work" / "control").is_file()
-
-
-_SANITIZER = """#!/bin/sh
-if [ "$1" = --version ]; then printf 'NVIDIA (R) Compute Sanitizer\\nVersion 1\\n'; exit; fi
-case "$*" in
-*"$BROKEN"*) echo "========= ERROR SUMMARY: 1 error"; exit 9;;
-esac
-echo "========= ERROR SUMMARY: 0 errors"
-"""
-
-
-@pytest.fixture
-def sanitizer(tmp_path: Path) -> str:
-    program = tmp_path / "compute-sanitizer"
-    program.write_text(_SANITIZER)
-    program.chmod(0o755)
-    return str(program)
 
 
 @pytest.fixture(scope="module")
@@ -200,11 +185,14 @@ def names(asked: list[tuple[list[Subject], str]]) -> set[tuple[str, str]]:
     return {(subject.kernel.id, tool) for group, tool in asked for subject in group}
 
 
-def test_the_same_command_goes_on_with_what_was_not_clean(
-    tmp_path: Path, sanitizer: str, kernels: list[Subject], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_command_goes_on_with_what_was_not_clean(tmp_path: Path, kernels: list[Subject]) -> None:
     broken = kernels[1]
-    monkeypatch.setenv("BROKEN", str(broken.cubin))
+    sanitizer = stand_in(
+        tmp_path,
+        "if sys.argv[1] == '--version':\n    sys.exit(print('NVIDIA (R) Compute Sanitizer\\nVersion 1'))\n"
+        f"found = {str(broken.cubin)!r} in sys.argv\n"
+        "print('========= ERROR SUMMARY:', int(found), 'errors')\nsys.exit(9 * found)",
+    )
     path, version = tmp_path / "clean.jsonl", sanitize.version_of(sanitizer)
     assert version == "NVIDIA (R) Compute Sanitizer Version 1"
     judged = Judged(path, version)

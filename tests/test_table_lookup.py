@@ -91,9 +91,7 @@ def test_explain_says_why_a_faster_runner_up_does_not_serve(context: int | None,
     def outrun(entries: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(replace(e, runner_up=RunnerUp(K0.params, 2, 0.9, tie)) for e in entries)
 
-    table = replace(
-        table, by_batch=outrun(table.by_batch), by_batch_and_context=outrun(table.by_batch_and_context)
-    )
+    table = replace(table, by_batch=outrun(table.by_batch), by_batch_and_context=outrun(table.by_batch_and_context))
     assert f"runner-up: {told}" in explain(table, 8, context).lines[-1]
 
 
